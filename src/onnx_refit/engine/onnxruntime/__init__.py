@@ -1,0 +1,1 @@
+"""The embedded CPU engine on ONNX Runtime."""

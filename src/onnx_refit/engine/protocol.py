@@ -1,0 +1,116 @@
+"""The protocol between the refit transaction and a backend.
+
+A backend turns a plan into something that runs, and source weights into a weight set. It knows nothing of versions,
+checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from onnx_refit.plan.compiled import Decision
+from onnx_refit.tensors import Array, TensorSpec
+
+
+class FullSpeed(Protocol):
+    """When a weight set reaches its last tier of speed (at once, for most backends and models)."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until full speed, or until ``timeout`` seconds have passed; whether it was reached."""
+        ...
+
+    def done(self) -> bool:
+        """Whether full speed was reached."""
+        ...
+
+
+class WeightSet(Protocol):
+    """One complete, immutable set of engine weights in a backend's memory.
+
+    Any number may be alive at once; unchanged buffers are shared with the set it was derived from. It is freed when
+    the last reference goes, so a request that runs with it keeps it whole.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its engine weights, shared ones included."""
+        ...
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes shared with the set it was derived from."""
+        ...
+
+    @property
+    def full_speed(self) -> FullSpeed:
+        """When this set reaches its last tier of speed."""
+        ...
+
+
+class Backend(Protocol):
+    """A compiled model on one device, able to run with any of its weight sets."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name: ``"onnxruntime"``, ``"cuda"``, ``"tensorrt"``."""
+        ...
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """The model's inputs."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """The model's outputs."""
+        ...
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What specialising for this host decided, with reasons."""
+        ...
+
+    def derive(
+        self, sources: Mapping[str, Array], base: WeightSet | None = None, changed: frozenset[str] | None = None
+    ) -> WeightSet:
+        """A new weight set from source weights; nothing that runs is touched.
+
+        Args:
+            sources: source weight name -> array of exactly the declared dtype and shape, C-contiguous; at least the
+                names ``required(changed)`` gives. The arrays are not kept unless the engine reads them as they are,
+                and never written.
+            base: the set to share unchanged engine weights with.
+            changed: names of the source weights that differ from ``base``; None means all.
+
+        Raises:
+            EngineError: the derivation failed; no weight set exists.
+        """
+        ...
+
+    def required(self, changed: frozenset[str]) -> frozenset[str]:
+        """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
+        ...
+
+    @property
+    def recoverable(self) -> frozenset[str]:
+        """Source weights that ``recover`` gives back bit for bit, because their engine weights only rearrange them."""
+        ...
+
+    def recover(self, weights: WeightSet, name: str) -> Array:
+        """A recoverable source weight, read back from a weight set; EngineError for one that is not recoverable."""
+        ...
+
+    def run(
+        self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run one inference with a weight set. Thread-safe. Inputs were checked by the caller.
+
+        Raises:
+            EngineError: the backend failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the device's resources; running afterwards raises EngineError."""
+        ...

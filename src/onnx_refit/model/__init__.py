@@ -1,0 +1,1 @@
+"""Prepare: graph rewrites, ONNX in and ONNX out."""

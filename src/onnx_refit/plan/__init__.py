@@ -1,0 +1,1 @@
+"""The refit compiler and the plan file."""

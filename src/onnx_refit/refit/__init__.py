@@ -1,0 +1,1 @@
+"""The refit transaction: stage, check, derive, canary, commit, rollback."""

@@ -1,0 +1,1 @@
+"""The BiDAF sample: engine refitting of ONNX models."""

@@ -1,0 +1,1 @@
+"""Checkpoints in: sources, names, LoRA, deltas, the version store."""
