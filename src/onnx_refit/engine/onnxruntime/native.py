@@ -1,0 +1,121 @@
+"""The one place that touches what onnxruntime's Python package keeps private.
+
+``InferenceSession`` offers no way to bind the weights of a set once and to run with them from several threads at the
+price of a baked session: its public ``run_with_ort_values`` wraps and copies every value at every call. The classes
+below (``SessionIOBinding``, the C ``OrtValue``) are what that public class is made of; they have been there unchanged
+since onnxruntime 1.4.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as capi
+
+from onnx_refit.errors import EngineError
+from onnx_refit.tensors import Array, dtype_name, numpy_dtype, onnx_dtype
+
+PROVIDERS = ["CPUExecutionProvider"]
+NCHWC_DOMAIN = "com.microsoft.nchwc"
+_DEVICE = ort.OrtDevice.make("cpu", 0)._get_c_device()
+# NumPy knows these only through ml_dtypes; ONNX Runtime takes them as raw integers with the ONNX type beside.
+_RAW = {"bfloat16": np.uint16, "float8e4m3fn": np.uint8, "float8e5m2": np.uint8}
+
+_RAW_BY_ONNX = {onnx_dtype(name): name for name in _RAW}
+
+Value = Any
+"""A C ``OrtValue``."""
+
+
+def wrap(array: Array) -> Value:
+    """An OrtValue over the array's own memory (the caller keeps the array alive); C-contiguous arrays only."""
+    name = dtype_name(array.dtype)
+    raw = _RAW.get(name)
+    if raw is not None:
+        return capi.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(raw), onnx_dtype(name))
+    return capi.OrtValue.ortvalue_from_numpy(array, _DEVICE)
+
+
+def unwrap(value: Value) -> Array:
+    """The array of an OrtValue, over its own memory where NumPy has the type."""
+    raw = _RAW_BY_ONNX.get(value.element_type())
+    if raw is None:
+        array: Array = value.numpy()
+        return array
+    name, shape = raw, tuple(value.shape())
+    dtype = numpy_dtype(name)
+    data = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def session_options(threads: int, *, optimise: bool = False, spinning: bool = True) -> ort.SessionOptions:
+    """Session options of this engine: everything of ONNX Runtime's optimiser, or nothing."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def make_session(
+    model: onnx.ModelProto | bytes, options: ort.SessionOptions, *, disabled: Sequence[str] = ()
+) -> ort.InferenceSession:
+    """A session on the CPU; EngineError with ONNX Runtime's own words where it refuses the model."""
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        if disabled:
+            return ort.InferenceSession(data, options, providers=PROVIDERS, disabled_optimizers=list(disabled))
+        return ort.InferenceSession(data, options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise EngineError(f"ONNX Runtime refused the model: {error}") from error
+
+
+class Binding:
+    """A session with some inputs bound to fixed values; one request at a time.
+
+    Args:
+        session: the session.
+        values: input name -> value that stays bound (the caller keeps its memory alive).
+        outputs: names of the outputs to compute, in the order wanted.
+    """
+
+    def __init__(self, session: ort.InferenceSession, values: Mapping[str, Value], outputs: Sequence[str]) -> None:
+        self._session = session._sess
+        self._io = capi.SessionIOBinding(session._sess)
+        self._outputs = tuple(outputs)
+        for name, value in values.items():
+            self._io.bind_ortvalue_input(name, value)
+
+    def run(self, inputs: Iterable[tuple[str, Array]]) -> list[Array]:
+        """Run with these further inputs; outputs in the order given at construction."""
+        io = self._io
+        for name, array in inputs:
+            if array.dtype.kind == "V":  # bfloat16, float8
+                io.bind_ortvalue_input(name, wrap(array))
+            else:
+                io.bind_input(name, array)
+        io.clear_binding_outputs()  # outputs keep the first call's shape otherwise
+        for name in self._outputs:
+            io.bind_output(name, _DEVICE)
+        self._session.run_with_iobinding(io, None)
+        results = [unwrap(value) for value in io.get_outputs()]
+        io.clear_binding_outputs()  # the results own their memory now
+        return results
+
+    def run_into(self, inputs: Iterable[tuple[str, Value]], outputs: Iterable[tuple[str, Value]]) -> None:
+        """Run with these further input values, writing into these output values."""
+        io = self._io
+        for name, value in inputs:
+            io.bind_ortvalue_input(name, value)
+        for name, value in outputs:
+            io.bind_ortvalue_output(name, value)
+        self._session.run_with_iobinding(io, None)
