@@ -1,0 +1,58 @@
+"""The working state of one compilation: a model without tensors, and the tensors next to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from onnx import GraphProto, ModelProto, NodeProto
+
+from onnx_refit.model.graph import Names, all_graphs, opset
+from onnx_refit.plan.compiled import Decision, Verdict
+from onnx_refit.plan.program import ProgramBuilder
+
+
+@dataclass
+class Draft:
+    """What the passes of the compiler change in place.
+
+    Every value name is unique over the main graph and all sub-graphs, so one name means one value everywhere.
+
+    Attributes:
+        model: nodes, inputs and outputs; no initializer and no Constant node. Weights and constants are read by name.
+        program: the refit program so far: the source weights, the constants, and what was computed from them.
+        names: gives names that clash with none in use.
+        decisions: what was decided so far, with reasons.
+    """
+
+    model: ModelProto
+    program: ProgramBuilder
+    names: Names
+    decisions: list[Decision] = field(default_factory=list)
+
+    @property
+    def graph(self) -> GraphProto:
+        """The main graph."""
+        return self.model.graph
+
+    @property
+    def opset(self) -> int:
+        """The version of the default operator set."""
+        return opset(self.model) or 1
+
+    def graphs(self) -> Iterator[GraphProto]:
+        """The main graph and all nested ones, outer first."""
+        return all_graphs(self.model.graph)
+
+    def nodes(self) -> Iterator[NodeProto]:
+        """Every node of every graph."""
+        for graph in self.graphs():
+            yield from graph.node
+
+    def accept(self, subject: str, action: str, reason: str) -> None:
+        """Record a rewrite that was made."""
+        self.decisions.append(Decision(subject, action, Verdict.ACCEPTED, reason))
+
+    def reject(self, subject: str, action: str, reason: str) -> None:
+        """Record a rewrite that was left out."""
+        self.decisions.append(Decision(subject, action, Verdict.REJECTED, reason))

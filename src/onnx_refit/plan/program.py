@@ -1,0 +1,165 @@
+"""Build the refit program: weight-only nodes from source weights to engine weights, every shape static and known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, TypeProto, helper, numpy_helper
+
+from onnx_refit.errors import ModelError
+from onnx_refit.model.graph import Names
+from onnx_refit.plan.compiled import RefitProgram
+from onnx_refit.tensors import Array, TensorSpec, onnx_dtype, onnx_dtype_name, spec_of, value_info_of
+
+_SMALL = 4096  # constants up to this many elements are shown to shape inference
+
+
+class NotStaticError(ModelError):
+    """A node cannot join the program: its output's dtype or shape does not follow from its inputs' shapes alone."""
+
+
+class ProgramBuilder:
+    """The refit program while it grows.
+
+    Values are sources, constants, or outputs of pushed nodes; a value that depends on no source is a constant
+    expression. Nodes are kept in the order pushed, which is topological.
+    """
+
+    def __init__(self, opsets: Sequence[onnx.OperatorSetIdProto], ir_version: int, names: Names) -> None:
+        self.opsets = list(opsets)
+        self.ir_version = ir_version
+        self.constants: dict[str, Array] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        self.depends: dict[str, frozenset[str]] = {}
+        self.nodes: list[NodeProto] = []
+        self._names = names
+        self._types: dict[str, TypeProto] = {}
+        self._data: dict[str, TensorProto] = {}
+        self._versions = {entry.domain.replace("ai.onnx", "") or "": entry.version for entry in opsets}
+
+    def add_source(self, spec: TensorSpec) -> None:
+        """Declare a source weight; its shape must be static."""
+        self._add(spec, frozenset({spec.name}))
+
+    def add_constant(self, array: Array, name: str) -> str:
+        """Declare a constant under this name."""
+        self.constants[name] = array
+        self._add(spec_of(name, array), frozenset())
+        return name
+
+    def constant(self, array: Array, wish: str) -> str:
+        """A new constant under a fresh name."""
+        return self.add_constant(array, self._names.fresh(wish))
+
+    def _add(self, spec: TensorSpec, depends: frozenset[str]) -> None:
+        self.specs[spec.name] = spec
+        self.depends[spec.name] = depends
+        self._types[spec.name] = helper.make_tensor_type_proto(onnx_dtype(spec.dtype), spec.static_shape)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the name is a source, a constant or computed from them."""
+        return name in self.specs
+
+    def is_weight(self, name: str) -> bool:
+        """Whether the value depends on at least one source weight."""
+        return bool(self.depends.get(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The static shape of a value of the program."""
+        return self.specs[name].static_shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a value of the program."""
+        return self.specs[name].dtype
+
+    def push(self, node: NodeProto) -> None:
+        """Append a node whose inputs are all in the program.
+
+        Raises:
+            NotStaticError: the operator has no schema, or an output's shape depends on values.
+        """
+        for spec in self._infer(node):
+            inputs = [self.depends[name] for name in node.input if name]
+            self._add(spec, frozenset().union(*inputs))
+        self.nodes.append(node)
+
+    def _infer(self, node: NodeProto) -> list[TensorSpec]:
+        domain = node.domain.replace("ai.onnx", "") if node.domain == "ai.onnx" else node.domain
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self._versions.get(domain, 1), domain)
+            types = onnx.shape_inference.infer_node_outputs(
+                schema,
+                node,
+                {name: self._types[name] for name in node.input if name},
+                {name: data for name in node.input if (data := self._small(name)) is not None},
+                opset_imports=self.opsets,
+                ir_version=self.ir_version,
+            )
+        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError) as error:
+            raise NotStaticError(str(error).strip().splitlines()[0], where=node.name) from error
+        specs = []
+        for output in (name for name in node.output if name):
+            inferred = types.get(output)
+            tensor = inferred.tensor_type if inferred is not None else None
+            if tensor is None or not tensor.HasField("shape"):
+                raise NotStaticError("its output shape cannot be inferred", where=node.name)
+            if not all(d.HasField("dim_value") for d in tensor.shape.dim):
+                raise NotStaticError("its output shape depends on values", where=node.name)
+            shape = tuple(int(d.dim_value) for d in tensor.shape.dim)
+            specs.append(TensorSpec(output, onnx_dtype_name(tensor.elem_type), shape))
+        return specs
+
+    def _small(self, name: str) -> TensorProto | None:
+        array = self.constants.get(name)
+        if array is None or array.size > _SMALL or array.dtype == object:
+            return None
+        if name not in self._data:
+            self._data[name] = numpy_helper.from_array(array, name)
+        return self._data[name]
+
+    def prune(self, wanted: Iterable[str]) -> list[NodeProto]:
+        """The nodes that the wanted values need, in order."""
+        live = set(wanted)
+        kept = []
+        for node in reversed(self.nodes):
+            if any(output in live for output in node.output):
+                live.update(name for name in node.input if name)
+                kept.append(node)
+        return kept[::-1]
+
+    def finish(self, engine: Mapping[str, str]) -> RefitProgram:
+        """The program that computes the engine weights.
+
+        Args:
+            engine: engine weight name -> the value of this program that it is.
+        """
+        passthrough = {name: value for name, value in engine.items() if self.depends[value] == {value}}
+        computed = {name: value for name, value in engine.items() if name not in passthrough}
+        dependencies = {name: self.depends[value] for name, value in engine.items()}
+        return RefitProgram(self._model(computed), passthrough, dependencies)
+
+    def _model(self, computed: Mapping[str, str]) -> onnx.ModelProto | None:
+        if not computed:
+            return None
+        nodes = self.prune(computed.values())
+        renamed = {value: name for name, value in computed.items()}
+        copies = []
+        for node in nodes:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = [renamed.get(name, name) for name in node.input]
+            copy.output[:] = [renamed.get(name, name) for name in node.output]
+            copies.append(copy)
+        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        inputs = [value_info_of(self.specs[name]) for name in read if self.depends[name] == {name}]
+        constants = [
+            numpy_helper.from_array(np.ascontiguousarray(self.constants[n]), n) for n in read if n in self.constants
+        ]
+        outputs = [
+            value_info_of(TensorSpec(name, self.specs[value].dtype, self.specs[value].shape))
+            for name, value in computed.items()
+        ]
+        graph = helper.make_graph(copies, "refit", inputs, outputs, constants)
+        return helper.make_model(graph, opset_imports=self.opsets, ir_version=self.ir_version)
