@@ -1,0 +1,181 @@
+"""A mapping of names to arrays: NumPy, PyTorch on any device, or anything that speaks DLPack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from onnx_refit.errors import MissingExtraError, ModelError, OnnxRefitError, WeightsError
+from onnx_refit.tensors import Array, TensorSpec, dtype_name
+
+_CPU_DEVICES = {1, 3}  # kDLCPU, kDLCUDAHost
+# What torch and NumPy do not share: how torch names it -> (torch dtype of the same width, NumPy dtype).
+_TORCH_ONLY: dict[str, tuple[str, np.dtype[np.generic]]] = {
+    "torch.bfloat16": ("int16", np.dtype(ml_dtypes.bfloat16)),
+    "torch.float8_e4m3fn": ("uint8", np.dtype(ml_dtypes.float8_e4m3fn)),
+    "torch.float8_e5m2": ("uint8", np.dtype(ml_dtypes.float8_e5m2)),
+}
+_TORCH_NAMES = {
+    "torch.bfloat16": "bfloat16",
+    "torch.float8_e4m3fn": "float8e4m3fn",
+    "torch.float8_e5m2": "float8e5m2",
+}
+
+
+def is_torch_tensor(value: object) -> bool:
+    """Whether a value is a PyTorch tensor, without importing PyTorch."""
+    return any(c.__module__.startswith("torch") and c.__name__ == "Tensor" for c in type(value).__mro__)
+
+
+def torch_to_numpy(tensor: Any, *, where: str) -> Array:
+    """A PyTorch tensor as a host array: shares memory on the CPU, copied from a GPU.
+
+    Raises:
+        WeightsError: it is sparse, quantised, on the meta device, or of a dtype NumPy lacks.
+    """
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+        raise WeightsError(f"the tensor is {kind}, not dense", where=where, hint="Pass a dense tensor with data")
+    host = tensor.detach().cpu().resolve_conj().resolve_neg()
+    name = str(host.dtype)
+    try:
+        if name in _TORCH_ONLY:
+            same_width, dtype = _TORCH_ONLY[name]
+            shape = tuple(host.shape)
+            flat = host.contiguous().view(getattr(torch, same_width)).numpy()
+            result: Array = flat.view(dtype).reshape(shape)
+            return result
+        result = host.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise WeightsError(f"dtype {name} cannot become an array: {error}", where=where) from error
+    return result
+
+
+def to_array(value: object, *, where: str) -> Array:
+    """Any array-like with a dtype as a host array, without copying where both sides can.
+
+    Raises:
+        WeightsError: it is no array, or holds objects or text.
+        MissingExtraError: it is on a GPU and PyTorch, which brings it to the host, is not installed.
+    """
+    array = _to_numpy(value, where=where)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    try:
+        name = dtype_name(array.dtype)
+    except ModelError as error:
+        raise WeightsError(error.message, where=where) from error
+    if name == "string":
+        raise WeightsError("it holds objects or text, not numbers", where=where)
+    return array
+
+
+def _to_numpy(value: object, *, where: str) -> Array:
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    if is_torch_tensor(value):
+        return torch_to_numpy(value, where=where)
+    if hasattr(value, "__dlpack__"):
+        return _from_dlpack(value, where=where)
+    if hasattr(value, "__array__"):
+        return np.asarray(value)
+    raise WeightsError(
+        f"a value of type {type(value).__name__} is no tensor",
+        where=where,
+        hint="Pass NumPy arrays, torch tensors or anything with __dlpack__",
+    )
+
+
+def _from_dlpack(value: Any, *, where: str) -> Array:
+    try:
+        device = int(value.__dlpack_device__()[0])
+        if device in _CPU_DEVICES:
+            try:
+                return np.from_dlpack(value)
+            except (BufferError, RuntimeError, TypeError, ValueError):
+                if hasattr(value, "__array__"):  # bfloat16 and the like, which NumPy's DLPack does not know
+                    return np.asarray(value)
+        try:
+            import torch
+        except ImportError as error:
+            raise MissingExtraError("torch", "torch", "reading a tensor on a GPU through DLPack") from error
+        return torch_to_numpy(torch.from_dlpack(value), where=where)
+    except OnnxRefitError:
+        raise
+    except (BufferError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"the DLPack exchange failed: {error}", where=where) from error
+
+
+class ArraysSource:
+    """Named arrays in memory, read without copying where they are on the host.
+
+    Args:
+        arrays: name -> array; the mapping is copied, the arrays are not.
+        description: where they come from, for messages.
+
+    Raises:
+        WeightsError: a name is no text, or a value is no tensor of numbers.
+    """
+
+    def __init__(self, arrays: Mapping[str, object], description: str = "mapping") -> None:
+        self._description = description
+        self._values = dict(arrays)
+        specs: dict[str, TensorSpec] = {}
+        for name, value in self._values.items():
+            if not isinstance(name, str):
+                raise WeightsError(f"the name {name!r} is no text", where=description)
+            where = f"{description}[{name!r}]"
+            if is_torch_tensor(value):
+                specs[name] = _torch_spec(name, value, where)
+            else:
+                array = to_array(value, where=where)
+                self._values[name] = array
+                specs[name] = TensorSpec(name, dtype_name(array.dtype), array.shape)
+        self._specs = MappingProxyType(specs)
+
+    @property
+    def description(self) -> str:
+        """What was given when it was made (``"mapping"``)."""
+        return self._description
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Name -> spec of every tensor, in the order of the mapping."""
+        return self._specs
+
+    def raw(self, name: str) -> object:
+        """The value as it was given, on its own device; WeightsError if there is none of that name."""
+        if name not in self._values:
+            raise WeightsError(f"holds no tensor {name!r}", where=self._description)
+        return self._values[name]
+
+    def read(self, name: str) -> Array:
+        """One tensor as a host array; WeightsError if there is none of that name."""
+        value = self.raw(name)
+        if isinstance(value, np.ndarray):
+            return value
+        return to_array(value, where=f"{self._description}[{name!r}]")
+
+    def close(self) -> None:
+        """Let go of the arrays; those already read stay valid."""
+        self._values = {}
+
+
+def _torch_spec(name: str, tensor: Any, where: str) -> TensorSpec:
+    """The spec of a torch tensor without bringing it to the host."""
+    code = str(tensor.dtype)
+    dtype = _TORCH_NAMES.get(code)
+    if dtype is None:
+        try:
+            dtype = dtype_name(code.removeprefix("torch."))
+        except (TypeError, ModelError) as error:
+            raise WeightsError(f"dtype {code} is not supported", where=where) from error
+    return TensorSpec(name, dtype, tuple(int(d) for d in tensor.shape))
