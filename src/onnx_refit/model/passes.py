@@ -13,6 +13,7 @@ from typing import Protocol
 from onnx import ModelProto
 
 from onnx_refit.errors import ModelError
+from onnx_refit.model.vocabulary import VocabularyMap
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,15 @@ class PassResult:
         model: the new model (the same object where nothing changed).
         changes: what was changed; empty means the pass found nothing to do.
         blockers: what it met and left as it was, with the reason.
+        preprocessors: what left the graph at its inputs, in the order in which the host applies it.
+        postprocessors: what left the graph at its outputs, in the order in which the host applies it.
     """
 
     model: ModelProto
     changes: tuple[Change, ...] = field(default=())
     blockers: tuple[Blocker, ...] = field(default=())
+    preprocessors: tuple[VocabularyMap, ...] = field(default=())
+    postprocessors: tuple[VocabularyMap, ...] = field(default=())
 
     @property
     def modified(self) -> bool:

@@ -1,0 +1,62 @@
+"""The pass that replaces Compress by Gather: few engines know Compress, all know Gather."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto
+
+from onnx_refit.model.edit import Builder, constant_of, copy_model, is_onnx, label, replace_node
+from onnx_refit.model.graph import all_graphs, attribute
+from onnx_refit.model.passes import Change, PassResult
+from onnx_refit.model.shapes import Shapes
+
+
+class ReplaceCompress:
+    """Compress by a constant condition becomes Gather of constant places; by any other, NonZero -> Gather."""
+
+    name = "replace-compress"
+
+    def requires(self, model: ModelProto) -> str | None:
+        """Nothing."""
+        return None
+
+    def ensures(self, model: ModelProto) -> str | None:
+        """No Compress is left."""
+        left = [label(n) for graph in all_graphs(model.graph) for n in graph.node if is_onnx(n, "Compress")]
+        return f"{left[0]} is still a Compress" if left else None
+
+    def call(self, model: ModelProto) -> PassResult:
+        """Run the pass on a copy of the model."""
+        graphs = list(all_graphs(model.graph))
+        if not any(is_onnx(node, "Compress") for graph in graphs for node in graph.node):
+            return PassResult(model)
+        copy = copy_model(model)
+        shapes = Shapes(model)
+        changes = [
+            _replace(copy, graph, node, shapes)
+            for graph in all_graphs(copy.graph)
+            for node in list(graph.node)
+            if is_onnx(node, "Compress")
+        ]
+        return PassResult(copy, tuple(changes))
+
+
+def _replace(model: ModelProto, graph: GraphProto, node: NodeProto, shapes: Shapes) -> Change:
+    build = Builder(model, graph)
+    data, axis = node.input[0], attribute(node, "axis")
+    if axis is None:
+        known = shapes.dims(data)
+        if known is None or len(known) != 1:
+            data = build.node("Reshape", [data, build.constant([-1], wish="flat")], name=f"{label(node)}_flat")
+        axis = 0
+    condition = constant_of((graph, model.graph), node.input[1])
+    if condition is not None:
+        places = build.constant(np.flatnonzero(condition), wish=f"{label(node)}_places")
+        what = f"replaced by Gather of {int(np.count_nonzero(condition))} constant places"
+    else:
+        found = build.node("NonZero", [node.input[1]], name=f"{label(node)}_NonZero")
+        places = build.node("Reshape", [found, build.constant([-1], wish="flat")], name=f"{label(node)}_places")
+        what = "replaced by NonZero -> Gather"
+    build.node("Gather", [data, places], name=f"{label(node)}_Gather", output=node.output[0], axis=axis)
+    replace_node(graph, node, build.nodes)
+    return Change(label(node), "Compress", what, "few engines run Compress")
