@@ -1,0 +1,56 @@
+# The two commands a newcomer needs: make demo, make test.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out
+
+.PHONY: help demo test test-all lint format types check-imports bench lock clean
+
+help:  ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# Everything is pinned with hashes; pip checks them. The package itself is installed from this folder, editable.
+$(VENV)/.installed: pyproject.toml constraints/base.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/base.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed constraints/lint.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/lint.txt
+	@touch $@
+
+# PyTorch's builds differ by platform, so it is pinned by version only.
+$(VENV)/.installed-all: $(VENV)/.installed constraints/all.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints/torch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/all.txt
+	@touch $@
+
+demo: $(VENV)/.installed  ## Run the main job: BiDAF prepared, built, refitted and answering
+	@mkdir -p $(OUT)
+	@$(BIN)/onnx-refit bidaf demo --bundled --output $(OUT)
+
+test: $(VENV)/.installed  ## Run the default tests
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.installed-lint  ## Lint, check the format, the types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-lint  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-all  ## Measure, write benchmarks/results, and the README's tables and plots from them
+	$(BIN)/python -m benchmarks.run
+
+lock:  ## Pin the newest versions of all dependencies, with hashes (needs uv)
+	sh constraints/lock.sh
+
+clean:  ## Remove the environment and what was built
+	rm -rf $(VENV) $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
