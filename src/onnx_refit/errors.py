@@ -77,6 +77,21 @@ class RefitError(OnnxRefitError):
     """A refit stopped before commit; the engine keeps serving the weights it had."""
 
 
+class RefitRejectedError(RefitError):
+    """The check refused a checkpoint: tensors are missing, misshapen, lossy or not finite.
+
+    Args:
+        message: the first few problems.
+        report: the whole ``onnx_refit.refit.check.CheckReport``.
+        where: the checkpoint.
+        hint: what the reader can do about it.
+    """
+
+    def __init__(self, message: str, *, report: object, where: object = None, hint: str | None = None) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.report = report
+
+
 class CanaryError(RefitError):
     """The canary inference on the staged weights failed or did not give what was expected."""
 
