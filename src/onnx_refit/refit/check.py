@@ -10,7 +10,7 @@ import numpy as np
 
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.plan.compiled import SourceWeight
-from onnx_refit.refit.report import Accepted, CheckReport, Missing, Rejected, RejectReason, Unused
+from onnx_refit.refit.check_report import Accepted, CheckReport, Missing, Rejected, RejectReason, Unused
 from onnx_refit.tensors import Array, TensorSpec, is_floating
 from onnx_refit.weights.nearest import Nearest
 from onnx_refit.weights.scan import CastProblem, Measure, Worst, all_finite, cast, first_non_finite, measure, same_bits
@@ -66,27 +66,13 @@ class CheckOptions:
     measure: bool = False
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The result of a check.
-
-    Attributes:
-        report: what was found.
-        arrays: the weights to apply, C-contiguous, in their declared dtype and shape; without those that were found
-            unchanged. Empty unless the report is ok.
-    """
-
-    report: CheckReport
-    arrays: Mapping[str, Array]
-
-
 def check(
     sources: Sequence[SourceWeight],
     weights: WeightSource,
     *,
     current: Callable[[str], Array | None] | None = None,
     options: CheckOptions | None = None,
-) -> Checked:
+) -> tuple[CheckReport, dict[str, Array]]:
     """Check a checkpoint against the weights of a model; nothing is changed.
 
     Args:
@@ -97,7 +83,8 @@ def check(
         options: how strict to be.
 
     Returns:
-        The report and, if it is ok, the arrays to apply; they may share memory with the checkpoint.
+        The report, and the arrays to apply: C-contiguous, of the declared dtype and shape, without the weights that
+        ``compare`` found unchanged; empty unless the report is ok. They may share memory with the checkpoint.
     """
     chosen = options or CheckOptions()
     view = weights if isinstance(weights, NamedView) else None
@@ -132,7 +119,7 @@ def check(
             arrays[name] = array
     unused = _unused(sources, weights, view)
     report = _report(weights.description, chosen, accepted, rejected, missing, unused)
-    return Checked(report, arrays if report.ok else {})
+    return report, arrays if report.ok else {}
 
 
 def _load(
@@ -247,7 +234,6 @@ __all__ = [
     "Casting",
     "CheckOptions",
     "CheckReport",
-    "Checked",
     "Missing",
     "RejectReason",
     "Rejected",
