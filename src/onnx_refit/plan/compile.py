@@ -11,7 +11,9 @@ from onnx import ModelProto
 from onnx_refit.errors import UnsupportedModelError
 from onnx_refit.model.graph import opset
 from onnx_refit.plan.compiled import CompiledModel
+from onnx_refit.plan.draft import run_draft_passes
 from onnx_refit.plan.finish import finish
+from onnx_refit.plan.hoist import Hoist
 from onnx_refit.plan.promote import promote
 from onnx_refit.tensors import Array
 
@@ -68,4 +70,5 @@ def compile_model(model: ModelProto, options: CompileOptions | None = None) -> C
             hint="Convert the model with onnx.version_converter",
         )
     promoted = promote(model, options.refittable, options.constant, options.base_dir)
+    run_draft_passes(promoted.draft, (Hoist(),))
     return Compilation(finish(promoted.draft, promoted.sources), promoted.weights)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from onnx import GraphProto, ModelProto, NodeProto
 
+from onnx_refit.errors import ModelError
 from onnx_refit.model.graph import Names, all_graphs, opset
 from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.plan.program import ProgramBuilder
@@ -56,3 +58,38 @@ class Draft:
     def reject(self, subject: str, action: str, reason: str) -> None:
         """Record a rewrite that was left out."""
         self.decisions.append(Decision(subject, action, Verdict.REJECTED, reason))
+
+
+class DraftPass(Protocol):
+    """One pass of the compiler. Unlike a model pass it changes the draft in place: weights are never copied."""
+
+    @property
+    def name(self) -> str:
+        """The pass's name, in the imperative."""
+        ...
+
+    def requires(self, draft: Draft) -> str | None:
+        """None if the pass can run, else what is missing, a clause without a final stop."""
+        ...
+
+    def call(self, draft: Draft) -> int:
+        """Run the pass; how many rewrites it made (0: the draft is as it was). Each is recorded as a decision."""
+        ...
+
+    def ensures(self, draft: Draft) -> str | None:
+        """None if the draft is as the pass promises, else what is not, a clause without a final stop."""
+        ...
+
+
+def run_draft_passes(draft: Draft, passes: Sequence[DraftPass]) -> int:
+    """Run passes one after another; how many rewrites they made. ModelError where a contract does not hold."""
+    total = 0
+    for step in passes:
+        missing = step.requires(draft)
+        if missing is not None:
+            raise ModelError(f"the compiler pass cannot run: {missing}", where=step.name)
+        total += step.call(draft)
+        broken = step.ensures(draft)
+        if broken is not None:
+            raise ModelError(f"the compiler pass did not keep its promise: {broken}", where=step.name)
+    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from onnx import NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx_refit.errors import ModelError
 from onnx_refit.model.graph import Names
 from onnx_refit.plan.compiled import RefitProgram
+from onnx_refit.plan.evaluate import run_model
 from onnx_refit.tensors import Array, TensorSpec, onnx_dtype, onnx_dtype_name, spec_of, value_info_of
 
 _SMALL = 4096  # constants up to this many elements are shown to shape inference
@@ -80,12 +82,13 @@ class ProgramBuilder:
         Raises:
             NotStaticError: the operator has no schema, or an output's shape depends on values.
         """
-        for spec in self._infer(node):
+        for spec in self.infer(node):
             inputs = [self.depends[name] for name in node.input if name]
             self._add(spec, frozenset().union(*inputs))
         self.nodes.append(node)
 
-    def _infer(self, node: NodeProto) -> list[TensorSpec]:
+    def infer(self, node: NodeProto) -> list[TensorSpec]:
+        """The specs of a node's outputs, its inputs being values of the program; raises as ``push``."""
         domain = node.domain.replace("ai.onnx", "") if node.domain == "ai.onnx" else node.domain
         try:
             schema = onnx.defs.get_schema(node.op_type, self._versions.get(domain, 1), domain)
@@ -112,12 +115,28 @@ class ProgramBuilder:
         return specs
 
     def _small(self, name: str) -> TensorProto | None:
-        array = self.constants.get(name)
-        if array is None or array.size > _SMALL or array.dtype == object:
-            return None
-        if name not in self._data:
-            self._data[name] = numpy_helper.from_array(array, name)
-        return self._data[name]
+        """The value of a small constant, or of a small constant expression of integers, for shape inference."""
+        if name not in self._data and name in self.specs and not self.is_weight(name):
+            array = self.constants.get(name)
+            spec = self.specs[name]
+            if array is None and spec.size <= _SMALL and spec.dtype in {"int32", "int64"}:
+                array = run_model(self._model({name: name}), {})[name]
+            if array is not None and array.size <= _SMALL and array.dtype != object:
+                self._data[name] = numpy_helper.from_array(array, name)
+        return self._data.get(name)
+
+    def add(self, op_type: str, inputs: Sequence[str], wish: str, **attributes: Any) -> str:
+        """Append a new node of the default domain and give the name of its output.
+
+        Args:
+            op_type: the operator, in the version the model imports.
+            inputs: values of the program.
+            wish: the name wished for the output.
+            attributes: its attributes.
+        """
+        output = self._names.fresh(wish)
+        self.push(helper.make_node(op_type, list(inputs), [output], name=f"{output}/{op_type}", **attributes))
+        return output
 
     def prune(self, wanted: Iterable[str]) -> list[NodeProto]:
         """The nodes that the wanted values need, in order."""
@@ -138,11 +157,9 @@ class ProgramBuilder:
         passthrough = {name: value for name, value in engine.items() if self.depends[value] == {value}}
         computed = {name: value for name, value in engine.items() if name not in passthrough}
         dependencies = {name: self.depends[value] for name, value in engine.items()}
-        return RefitProgram(self._model(computed), passthrough, dependencies)
+        return RefitProgram(self._model(computed) if computed else None, passthrough, dependencies)
 
-    def _model(self, computed: Mapping[str, str]) -> onnx.ModelProto | None:
-        if not computed:
-            return None
+    def _model(self, computed: Mapping[str, str]) -> onnx.ModelProto:
         nodes = self.prune(computed.values())
         renamed = {value: name for name, value in computed.items()}
         copies = []
