@@ -6,8 +6,9 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
 from onnx_refit.model.edit import Builder, bypass, constant_of, copy_model, insert_before, is_onnx, label, replace_node
-from onnx_refit.model.graph import all_graphs, consumers, opset
+from onnx_refit.model.graph import all_graphs, consumers, opset, reads
 from onnx_refit.model.passes import Blocker, Change, PassResult
+from onnx_refit.tensors import is_floating, onnx_dtype_name
 
 
 class RemoveDropout:
@@ -104,3 +105,37 @@ class RemoveIdentity:
                     if bypass(graph, node, node.input[0], node.output[0]):
                         changes.append(change)
         return PassResult(copy if changes else model, tuple(changes))
+
+
+class RemoveUnusedConstants:
+    """Constants that other passes left without a reader go; floating-point ones stay, as they may be weights."""
+
+    name = "remove-unused-constants"
+
+    def requires(self, model: ModelProto) -> str | None:
+        """Nothing."""
+        return None
+
+    def ensures(self, model: ModelProto) -> str | None:
+        """Nothing: outputs and defaults of inputs count as read."""
+        return None
+
+    def call(self, model: ModelProto) -> PassResult:
+        """Run the pass on a copy of the model."""
+        kept = {value.name for value in (*model.graph.input, *model.graph.output)}
+        for node in model.graph.node:
+            kept.update(reads(node))
+        unused = {
+            tensor.name
+            for tensor in model.graph.initializer
+            if tensor.name not in kept and not is_floating(onnx_dtype_name(tensor.data_type))
+        }
+        if not unused:
+            return PassResult(model)
+        copy = copy_model(model)
+        for tensor in list(copy.graph.initializer):
+            if tensor.name in unused:
+                copy.graph.initializer.remove(tensor)
+        return PassResult(
+            copy, tuple(Change(name, "constant", "taken out", "nothing reads it") for name in sorted(unused))
+        )

@@ -9,7 +9,7 @@ from onnx import ModelProto
 
 from onnx_refit.errors import ModelError
 from onnx_refit.model.argmax import ReplaceHardmax, SelectByArgMax
-from onnx_refit.model.cleanup import RemoveDropout, RemoveIdentity
+from onnx_refit.model.cleanup import RemoveDropout, RemoveIdentity, RemoveUnusedConstants
 from onnx_refit.model.compress import ReplaceCompress
 from onnx_refit.model.counting import ReplaceCounters, SimplifyPositions
 from onnx_refit.model.extract import ExtractVocabularies
@@ -74,6 +74,7 @@ def passes_for(engine: str) -> tuple[Pass, ...]:
         ReplaceHardmax(),
         ReplaceCompress(),
         SimplifyPositions(),
+        RemoveUnusedConstants(),
     )
 
 
