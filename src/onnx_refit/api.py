@@ -1,0 +1,198 @@
+"""The public face: build a plan, load an engine, check weights, refit a plan file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx
+
+from onnx_refit.engine.registry import DEFAULT_ENGINE, EngineOptions, create_backend, require_engine
+from onnx_refit.errors import UnsupportedModelError
+from onnx_refit.model.load import load_model
+from onnx_refit.model.prepare import prepare
+from onnx_refit.plan.compile import CompileOptions, compile_model
+from onnx_refit.plan.plan import Plan, model_fingerprint
+from onnx_refit.refit.check import CheckOptions, CheckReport
+from onnx_refit.refit.check import check as check_weights
+from onnx_refit.refit.live import Engine, initial_weights
+from onnx_refit.tensors import Array
+from onnx_refit.weights.open import WeightsLike, open_weights
+
+ModelLike = str | os.PathLike[str] | onnx.ModelProto
+PlanLike = str | os.PathLike[str] | Plan
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build may be told beyond model and engine.
+
+    Attributes:
+        refittable: names of tensors to make refittable that the rules would leave constant (one-element parameters).
+        constant: names of tensors to leave constant that the rules would make refittable.
+        prepare: run the preparation passes first (vocabulary extraction, operators that engines lack, ...).
+        specialise: specialise for this host now and keep the result in the plan, so that loading is quick.
+        engine: options of the engine.
+    """
+
+    refittable: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
+    prepare: bool = True
+    specialise: bool = True
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+def build(
+    model: ModelLike,
+    *,
+    engine: str = DEFAULT_ENGINE,
+    checkpoint: WeightsLike | None = None,
+    options: BuildOptions = BuildOptions(),
+) -> Plan:
+    """Prepare and compile a model.
+
+    Args:
+        model: path of an ONNX file, or a model in memory (which stays as it is).
+        engine: which engine the plan is for.
+        checkpoint: the checkpoint the model was exported from; the plan then records which checkpoint tensor each
+            refittable weight is, and refits take the checkpoint's own names.
+        options: see ``BuildOptions``.
+
+    Raises:
+        ModelError: the model cannot be read, is not valid, or cannot be prepared.
+        EngineError: there is no such engine, or it cannot run the model.
+        WeightsError: the checkpoint cannot be read.
+    """
+    require_engine(engine)
+    proto = load_model(model, load_external_data=False)
+    base_dir = None if isinstance(model, onnx.ModelProto) else Path(model).absolute().parent
+    fingerprint = model_fingerprint(proto)
+    prepared = prepare(proto, for_engine=engine) if options.prepare else None
+    if prepared is not None:
+        if prepared.blockers:
+            first = prepared.blockers[0]
+            raise UnsupportedModelError(
+                f"{len(prepared.blockers)} nodes cannot run on {engine}, the first a {first.op_type}: {first.reason}",
+                where=f"node {first.node!r}",
+                hint="See all with: onnx-refit prepare",
+            )
+        proto = prepared.model
+    compilation = compile_model(
+        proto, CompileOptions(refittable=options.refittable, constant=options.constant, base_dir=base_dir)
+    )
+    plan = Plan(
+        engine=engine,
+        compiled=compilation.compiled,
+        weights=compilation.weights,
+        model_fingerprint=fingerprint,
+        preprocessors=() if prepared is None else prepared.preprocessors,
+        postprocessors=() if prepared is None else prepared.postprocessors,
+    )
+    if checkpoint is not None:
+        from onnx_refit.weights.names import find_names
+
+        source = open_weights(checkpoint)
+        try:
+            plan = replace(plan, names=find_names(compilation.weights, source).names)
+        finally:
+            if source is not checkpoint:
+                source.close()
+    if options.specialise:
+        backend, artefact = create_backend(
+            engine, compilation.compiled, weights=compilation.weights, options=options.engine
+        )
+        backend.close()
+        if artefact is not None:
+            plan = plan.with_artefact(engine, artefact)
+    return plan
+
+
+def load(
+    plan: PlanLike,
+    *,
+    weights: WeightsLike | None = None,
+    keep: int = 2,
+    options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+) -> Engine:
+    """Load a plan onto its engine, ready to run.
+
+    Args:
+        plan: path of a plan file, or a plan.
+        weights: the weights to start with; None takes those in the plan. Must be complete for a stripped plan.
+        keep: how many versions to hold for rollback and ``run(version=…)``, the current one included.
+        options: options of the engine.
+
+    Raises:
+        PlanError: the file is not a plan, is damaged, or is stripped and no weights were given.
+        RefitRejectedError: the weights given do not fit; the report says why.
+        EngineError: the engine cannot run here.
+    """
+    opened = plan if isinstance(plan, Plan) else Plan.load(plan)
+    description = "plan" if opened.path is None else str(opened.path)
+    arrays = None if weights is None else accepted_weights(opened, weights)
+    first = initial_weights(opened) if arrays is None else arrays
+    backend, _ = create_backend(
+        opened.engine,
+        opened.compiled,
+        weights=first,
+        options=options,
+        artefact=opened.artefacts.get(opened.engine),
+    )
+    try:
+        return Engine(opened, backend, first, source=description, keep=keep)
+    except BaseException:
+        backend.close()
+        raise
+
+
+def check(plan: PlanLike, weights: WeightsLike, options: CheckOptions | None = None) -> CheckReport:
+    """Check weights against a plan without refitting anything.
+
+    Raises:
+        PlanError: the plan cannot be read.
+        WeightsError: the weights cannot be read.
+    """
+    return _checked(plan if isinstance(plan, Plan) else Plan.load(plan), weights, options)[0]
+
+
+def accepted_weights(plan: Plan, weights: WeightsLike, options: CheckOptions | None = None) -> dict[str, Array]:
+    """Weights in the plan's names, dtypes and shapes, complete.
+
+    With ``CheckOptions(partial=True)`` those not given come from the plan.
+
+    Raises:
+        RefitRejectedError: the check refused; it carries the report.
+        PlanError: weights are missing and the plan is stripped.
+    """
+    report, arrays = _checked(plan, weights, options)
+    report.raise_if_rejected()
+    if len(arrays) < len(plan.compiled.sources):
+        arrays = {**initial_weights(plan), **arrays}
+    return arrays
+
+
+def refit_plan(plan: PlanLike, weights: WeightsLike, options: CheckOptions | None = None) -> Plan:
+    """A plan with other weights, to save beside or over the old one; raises as ``accepted_weights``."""
+    opened = plan if isinstance(plan, Plan) else Plan.load(plan)
+    return opened.with_weights(accepted_weights(opened, weights, options))
+
+
+def _checked(plan: Plan, weights: WeightsLike, options: CheckOptions | None) -> tuple[CheckReport, dict[str, Array]]:
+    source = open_weights(weights)
+    view = source if plan.names is None else plan.names.apply(source)
+    held = plan.weights
+    current = None if held is None else held.__getitem__
+    return check_weights(plan.compiled.sources, view, current=current, options=options or CheckOptions())
+
+
+__all__: Sequence[str] = (
+    "BuildOptions",
+    "EngineOptions",
+    "accepted_weights",
+    "build",
+    "check",
+    "load",
+    "refit_plan",
+)

@@ -1,0 +1,372 @@
+"""The engine as users hold it: a backend, its versions, and the transaction that changes them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+
+import numpy as np
+
+from onnx_refit.engine.protocol import Backend, FullSpeed, WeightSet
+from onnx_refit.errors import EngineError, InputError, PlanError, RefitError
+from onnx_refit.model.vocabulary import apply_maps
+from onnx_refit.plan.compiled import Decision
+from onnx_refit.plan.plan import Plan
+from onnx_refit.refit.canary import Canary
+from onnx_refit.refit.check import CheckOptions, check
+from onnx_refit.refit.inputs import InputChecker
+from onnx_refit.refit.report import RefitReport
+from onnx_refit.refit.transaction import Candidate, Staged
+from onnx_refit.refit.unchanged import sample, unchanged
+from onnx_refit.refit.versions import Version, VersionInfo, VersionTable
+from onnx_refit.refit.view import VersionWeights
+from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.open import WeightsLike, open_weights
+from onnx_refit.weights.source import WeightSource
+
+
+class Outputs(dict[str, Array]):
+    """Output name -> array, and which version of the weights answered."""
+
+    version: int
+
+
+class Engine:
+    """A loaded plan: runs inferences, and takes new weights while it does.
+
+    Any number of threads may call ``run`` while others refit; each inference uses exactly one version. Refits are
+    serialised. Use as a context manager, or call ``close``.
+
+    Args:
+        plan: the plan.
+        backend: a backend made for it.
+        weights: the weights of the first version (source name -> array).
+        source: where these came from, in words.
+        keep: how many versions to hold for rollback and ``run(version=…)``, the current one included; at least 1.
+    """
+
+    def __init__(
+        self, plan: Plan, backend: Backend, weights: Mapping[str, Array], *, source: str = "plan", keep: int = 2
+    ) -> None:
+        if keep < 1:
+            raise EngineError(f"keep must be at least 1, not {keep}")
+        self._plan = plan
+        self._backend = backend
+        self._refittable = {weight.spec.name: weight for weight in plan.compiled.sources}
+        self._kept_names = frozenset(self._refittable) - backend.recoverable
+        self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
+        self._lock = threading.RLock()
+        self._closed = False
+        first = Version(
+            number=1,
+            weights=backend.derive(weights),
+            retained={name: weights[name] for name in self._kept_names},
+            samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._refittable},
+            source=source,
+            parent=None,
+            changed=None,
+            committed=datetime.now(UTC),
+        )
+        self._versions = VersionTable(keep, first)
+        self._next = 2
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def plan(self) -> Plan:
+        """The plan it was loaded from."""
+        return self._plan
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The engine's inputs, after preprocessing."""
+        return tuple(self._backend.inputs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The engine's outputs."""
+        return tuple(self._backend.outputs)
+
+    @property
+    def refittable(self) -> Mapping[str, TensorSpec]:
+        """Name -> spec of every refittable weight."""
+        return self._plan.refittable
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What the compiler and the backend decided, with reasons."""
+        return (*self._plan.compiled.decisions, *self._backend.decisions)
+
+    @property
+    def version(self) -> int:
+        """The version that answers now."""
+        return self._versions.current.number
+
+    @property
+    def versions(self) -> tuple[VersionInfo, ...]:
+        """Every version of this engine so far, oldest first; those ``held`` can be run and rolled back to."""
+        with self._lock:
+            return tuple(self._versions.infos())
+
+    @property
+    def full_speed(self) -> FullSpeed:
+        """When the current version reaches its last tier of speed."""
+        return self._versions.current.weights.full_speed
+
+    def weights(self, version: int | None = None) -> WeightSource:
+        """The source weights of a held version, read back from the engine bit for bit.
+
+        Raises:
+            VersionError: the version is not held.
+        """
+        held = self._versions.current if version is None else self._versions.get(version)
+        return VersionWeights(held, self._plan.refittable, self._backend)
+
+    # ------------------------------------------------------------------ inference
+
+    def run(
+        self, inputs: Mapping[str, object], outputs: Sequence[str] | None = None, *, version: int | None = None
+    ) -> Outputs:
+        """Run one inference.
+
+        Args:
+            inputs: input name -> array of the declared dtype and a fitting shape.
+            outputs: names of the outputs wanted; None means all.
+            version: which held version answers; None means the current one.
+
+        Returns:
+            Output name -> array; its attribute ``version`` says which version answered.
+
+        Raises:
+            InputError: an input is missing, unknown, or of another dtype or shape; or an output is unknown.
+            VersionError: the version is not held.
+            EngineError: the backend failed, or the engine is closed.
+        """
+        held = self._versions.current if version is None else self._versions.get(version)
+        results = Outputs(self.run_on(held.weights, inputs, outputs))
+        results.version = held.number
+        return results
+
+    def run_on(
+        self, weights: WeightSet, inputs: Mapping[str, object], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run one inference with a weight set of this engine's backend (a staged one, say); raises as ``run``."""
+        if self._closed:
+            raise EngineError("the engine is closed")
+        results = self._backend.run(weights, self._check_inputs(inputs), self._wanted(outputs))
+        return apply_maps(self._plan.postprocessors, results) if self._plan.postprocessors else results
+
+    def _wanted(self, outputs: Sequence[str] | None) -> Sequence[str] | None:
+        if outputs is None:
+            return None
+        known = [spec.name for spec in self._backend.outputs]
+        for name in outputs:
+            if name not in known:
+                raise InputError(f"there is no output {name!r}", hint=f"The outputs are {', '.join(known)}")
+        return outputs
+
+    # ------------------------------------------------------------------ refit
+
+    def stage(self, source: WeightsLike, options: CheckOptions | None = None, *, partial: bool = False) -> Staged:
+        """Check new weights and derive their engine weights; nothing is published.
+
+        Args:
+            source: a checkpoint path or URL, a mapping of names to arrays, an ONNX model, or an open WeightSource.
+            options: how strict the check is.
+            partial: weights that are not given stay as they are (instead of being reported missing); a shorthand for
+                ``CheckOptions(partial=True)``.
+
+        Raises:
+            WeightsError: the checkpoint cannot be read.
+            RefitRejectedError: the check refused; it carries the whole report.
+            EngineError: the derivation failed.
+            In every case the engine keeps serving the weights it had.
+        """
+        options = options if options is not None else CheckOptions(partial=partial)
+        with self._lock:
+            self._require_open()
+            seconds: dict[str, float] = {}
+            with _timed(seconds, "open"):
+                opened = open_weights(source)
+                view = opened if self._plan.names is None else self._plan.names.apply(opened)
+            try:
+                return self._stage(view, options, seconds)
+            finally:
+                if opened is not source:
+                    opened.close()
+
+    def _stage(self, view: WeightSource, options: CheckOptions, seconds: dict[str, float]) -> Staged:
+        base = self._versions.current
+        current = VersionWeights(base, self._plan.refittable, self._backend)
+        with _timed(seconds, "check"):
+            report, arrays = check(tuple(self._refittable.values()), view, current=current.read, options=options)
+            report.raise_if_rejected()
+        with _timed(seconds, "compare"):
+            equal, samples = unchanged(arrays, base.samples, current.read)
+            arrays = {name: array for name, array in arrays.items() if name not in equal}
+        changed = frozenset(arrays)
+        full = len(changed) == len(self._refittable)
+        with _timed(seconds, "derive"):
+            required = changed if full else self._backend.required(changed)
+            needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
+            weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
+            retained = {
+                # Copied: the caller may write to its arrays, or replace the file they are mapped from.
+                name: arrays[name].copy() if name in arrays else base.retained[name]
+                for name in self._kept_names
+            }
+        candidate = Candidate(
+            weights=weights,
+            retained=retained,
+            samples={**base.samples, **samples},
+            arrays=arrays,
+            base=base.number,
+            full=full,
+            changed=changed,
+            source=view.description,
+            check=report,
+        )
+        return Staged(self, candidate, seconds)
+
+    def refit(
+        self,
+        source: WeightsLike,
+        options: CheckOptions | None = None,
+        *,
+        partial: bool = False,
+        canary: Canary | Mapping[str, object] | None = None,
+    ) -> RefitReport:
+        """Replace the weights: stage, check, derive, canary (if given), commit.
+
+        Args:
+            source: see ``stage``.
+            options: see ``stage``.
+            partial: see ``stage``.
+            canary: golden inputs to run on the staged weights before they are published.
+
+        Raises:
+            WeightsError, RefitRejectedError, CanaryError, EngineError: nothing was published; the engine keeps
+                serving the weights it had.
+        """
+        with self.stage(source, options, partial=partial) as staged:
+            if canary is not None:
+                staged.canary(canary)
+            return staged.commit()
+
+    def publish(self, staged: Staged) -> RefitReport:
+        """Publish a staged refit of this engine; called by ``Staged.commit``, which documents it."""
+        candidate, seconds = staged.candidate, staged.seconds
+        with self._lock:
+            self._require_open()
+            before = self._versions.current
+            if candidate.base != before.number and not candidate.full:
+                raise RefitError(
+                    f"the weights were staged on version {candidate.base}, but version {before.number} was committed "
+                    "since, and they replace only a part",
+                    hint="Stage them again",
+                )
+            with _timed(seconds, "commit"):
+                version = Version(
+                    number=self._next,
+                    weights=candidate.weights,
+                    retained=candidate.retained,
+                    samples=candidate.samples,
+                    source=candidate.source,
+                    parent=candidate.base,
+                    changed=candidate.changed,
+                    committed=datetime.now(UTC),
+                )
+                self._versions.publish(version)
+                self._next += 1
+        names = list(self._refittable)
+        return RefitReport(
+            version=version.number,
+            previous=before.number,
+            source=version.source,
+            changed=tuple(name for name in names if name in candidate.changed),
+            unchanged=tuple(name for name in names if name not in candidate.changed),
+            nbytes=sum(self._refittable[name].spec.nbytes for name in candidate.changed),
+            seconds=seconds,
+            full_speed=version.weights.full_speed,
+            check=candidate.check,
+        )
+
+    def rollback(self, to: int | None = None) -> RefitReport:
+        """Publish an earlier version again, with its own number: bit for bit the weights it had.
+
+        Args:
+            to: which; None means the one that was current before.
+
+        Raises:
+            VersionError: there is none, or it is no longer held.
+        """
+        seconds: dict[str, float] = {}
+        with self._lock:
+            self._require_open()
+            before = self._versions.current
+            with _timed(seconds, "commit"):
+                target = self._versions.previous() if to is None else self._versions.get(to)
+                self._versions.publish(target)
+        return RefitReport(
+            version=target.number,
+            previous=before.number,
+            source=f"rollback to version {target.number}",
+            changed=(),
+            unchanged=(),
+            nbytes=0,
+            seconds=seconds,
+            full_speed=target.weights.full_speed,
+        )
+
+    # ------------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """Free the engine; running afterwards raises EngineError. Calling it again does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._backend.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _timed:  # noqa: N801 - reads as a function
+    """Add the seconds a block takes to an entry."""
+
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds, self._stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        elapsed = time.perf_counter() - self._started
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + elapsed
+
+
+BackendFactory = Callable[[Plan], Backend]
+"""Makes a backend for a plan; the registry of the public API maps engine names to these."""
+
+
+def initial_weights(plan: Plan) -> Mapping[str, Array]:
+    """The weights a plan holds; PlanError if it is stripped."""
+    if plan.weights is None:
+        raise PlanError(
+            "the plan is stripped: it holds no weights",
+            where=plan.path,
+            hint="Load it with weights=CHECKPOINT",
+        )
+    return plan.weights

@@ -1,0 +1,84 @@
+"""What a refit did, as data."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onnx_refit.engine.protocol import FullSpeed
+from onnx_refit.refit.check_report import CheckReport
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """The account of one committed refit or rollback.
+
+    Attributes:
+        version: the version that answers now.
+        previous: the version that answered before.
+        source: where the weights came from, in words.
+        changed: names of the source weights that were replaced.
+        unchanged: names of those that stayed as they were (not given in a partial refit, or found equal).
+        nbytes: bytes of the source weights that were replaced.
+        seconds: stage ("open", "check", "compare", "derive", "canary", "commit") -> seconds spent in it.
+        full_speed: when the new version reaches its last tier of speed; ``report.full_speed.wait()``.
+        check: the full check; None for a rollback.
+    """
+
+    version: int
+    previous: int
+    source: str
+    changed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    nbytes: int
+    seconds: Mapping[str, float]
+    full_speed: FullSpeed
+    check: CheckReport | None = field(default=None, repr=False)
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds from the call to the published version."""
+        return sum(self.seconds.values())
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Replaced bytes over total seconds, in GB/s (10^9 bytes)."""
+        return self.nbytes / GB / self.total_seconds if self.total_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {
+            "version": self.version,
+            "previous": self.previous,
+            "source": self.source,
+            "changed": list(self.changed),
+            "unchanged": list(self.unchanged),
+            "bytes": self.nbytes,
+            "seconds": dict(self.seconds),
+            "total_seconds": self.total_seconds,
+            "full_speed": self.full_speed.done(),
+            "check": None if self.check is None else self.check.to_json(),
+        }
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{stage} {seconds * 1e3:.2f} ms" for stage, seconds in self.seconds.items())
+        return (
+            f"version {self.version} (was {self.previous}) from {self.source}: {len(self.changed)} weights changed, "
+            f"{len(self.unchanged)} unchanged, {self.nbytes / 1e6:.2f} MB "
+            f"in {self.total_seconds * 1e3:.2f} ms ({stages})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(stage)}</td><td style='text-align:right'>{seconds * 1e3:.3f} ms</td></tr>"
+            for stage, seconds in self.seconds.items()
+        )
+        return (
+            f"<b>version {self.version}</b> (was {self.previous}) from {html.escape(self.source)}<br>"
+            f"{len(self.changed)} weights changed, {len(self.unchanged)} unchanged, {self.nbytes / 1e6:.2f} MB, "
+            f"{self.gigabytes_per_second:.2f} GB/s<table>{rows}</table>"
+        )

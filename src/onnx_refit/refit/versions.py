@@ -1,0 +1,134 @@
+"""Versions in memory: immutable, numbered, kept as long as somebody may want them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from onnx_refit.engine.protocol import WeightSet
+from onnx_refit.errors import VersionError
+from onnx_refit.tensors import Array
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """What is known of one version.
+
+    Attributes:
+        number: counts up from 1; never reused within an engine (nor within a store on disk).
+        source: where its weights came from, in words.
+        parent: the version it was derived from; None for the first.
+        changed: names of the source weights that differ from the parent; None for the first (all are new).
+        committed: when it was published.
+        nbytes: bytes of its engine weights.
+        shared_nbytes: bytes of them shared with the parent.
+        current: whether it answers requests that ask for no version.
+        held: whether it can still be run or rolled back to.
+    """
+
+    number: int
+    source: str
+    parent: int | None
+    changed: frozenset[str] | None
+    committed: datetime
+    nbytes: int
+    shared_nbytes: int
+    current: bool
+    held: bool
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version as the engine holds it.
+
+    Attributes:
+        number: see VersionInfo.
+        weights: its weight set, in the backend's memory.
+        retained: source weights that cannot be read back from the weight set, kept for later partial refits.
+        samples: a few elements of every source weight, to see quickly that a new one differs.
+        source: see VersionInfo.
+        parent: see VersionInfo.
+        changed: see VersionInfo.
+        committed: see VersionInfo.
+    """
+
+    number: int
+    weights: WeightSet
+    retained: Mapping[str, Array]
+    samples: Mapping[str, bytes]
+    source: str
+    parent: int | None
+    changed: frozenset[str] | None
+    committed: datetime
+
+
+@dataclass
+class VersionTable:
+    """The versions of one engine: the last ``keep`` are held, older ones are forgotten but remembered by name.
+
+    Not thread-safe: the transaction's lock guards it. Readers that run inferences take ``current`` by one reference
+    read, which needs no lock.
+    """
+
+    keep: int
+    current: Version
+    _held: dict[int, Version] = field(default_factory=dict)
+    _infos: dict[int, VersionInfo] = field(default_factory=dict)
+    _order: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._remember(self.current)
+
+    def publish(self, version: Version) -> None:
+        """Make a version current and forget the oldest beyond ``keep``."""
+        self._remember(version)
+        self.current = version
+        while len(self._order) > self.keep:
+            oldest = next(number for number in self._order if number != version.number)
+            self._order.remove(oldest)
+            del self._held[oldest]
+
+    def get(self, number: int) -> Version:
+        """A version still held; VersionError for one that is not."""
+        held = self._held.get(number)
+        if held is not None:
+            return held
+        choices = ", ".join(str(n) for n in sorted(self._held))
+        reason = "is no longer held" if number in self._infos else "does not exist"
+        raise VersionError(
+            f"version {number} {reason}; held are {choices}",
+            hint="Load the engine with a larger keep to hold more versions" if number in self._infos else None,
+        )
+
+    def previous(self) -> Version:
+        """The held version published last before the current one; VersionError if there is none."""
+        earlier = [n for n in self._order if n != self.current.number]
+        if not earlier:
+            raise VersionError("there is no earlier version to roll back to")
+        return self._held[earlier[-1]]
+
+    def infos(self) -> Iterator[VersionInfo]:
+        """Every version there ever was, oldest first."""
+        for number in sorted(self._infos):
+            info = self._infos[number]
+            current, held = number == self.current.number, number in self._held
+            yield VersionInfo(**{**info.__dict__, "current": current, "held": held})
+
+    def _remember(self, version: Version) -> None:
+        number = version.number
+        self._held[number] = version
+        if number in self._order:
+            self._order.remove(number)
+        self._order.append(number)
+        self._infos[number] = VersionInfo(
+            number=number,
+            source=version.source,
+            parent=version.parent,
+            changed=version.changed,
+            committed=version.committed,
+            nbytes=version.weights.nbytes,
+            shared_nbytes=version.weights.shared_nbytes,
+            current=True,
+            held=True,
+        )
