@@ -25,6 +25,16 @@ _REASONS = {
 }
 
 
+def _read_umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+# Read once: the only way to read it is to set it, which no thread should see happen later.
+_UMASK = _read_umask()
+
+
 class WriteError(OnnxRefitError):
     """A file could not be written; what stood there before still stands."""
 
@@ -77,7 +87,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file readable by its owner alone; give it what open() would have given.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(target)
         temporary = None
         sync_directory(target.parent)
@@ -98,8 +108,3 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole UTF-8 text file atomically; WriteError as for ``atomic_write``."""
     write_bytes(path, text.encode("utf-8"))
 
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
