@@ -13,6 +13,9 @@ from onnx_refit.model.graph import opset
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.plan.draft import run_draft_passes
 from onnx_refit.plan.finish import finish
+from onnx_refit.plan.folds import all_folds
+from onnx_refit.plan.folds.framework import FoldPass
+from onnx_refit.plan.folds.recipes import Recipes
 from onnx_refit.plan.hoist import Hoist
 from onnx_refit.plan.promote import promote
 from onnx_refit.tensors import Array
@@ -70,5 +73,6 @@ def compile_model(model: ModelProto, options: CompileOptions | None = None) -> C
             hint="Convert the model with onnx.version_converter",
         )
     promoted = promote(model, options.refittable, options.constant, options.base_dir)
-    run_draft_passes(promoted.draft, (Hoist(),))
+    recipes = Recipes(promoted.draft.program)
+    run_draft_passes(promoted.draft, (Hoist(), FoldPass(all_folds(recipes, promoted.weights))))
     return Compilation(finish(promoted.draft, promoted.sources), promoted.weights)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import onnx
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from onnx_refit.model.graph import reads, subgraphs
 from onnx_refit.plan.compiled import CompiledModel, SourceWeight
 from onnx_refit.plan.draft import Draft
+from onnx_refit.plan.shapes import infer_light
 from onnx_refit.tensors import TensorSpec, spec_of_value_info, value_info_of
-
-_INLINE = 1 << 16  # constants up to this many bytes are shown to shape inference
 
 
 def finish(draft: Draft, sources: tuple[SourceWeight, ...]) -> CompiledModel:
@@ -27,7 +25,7 @@ def finish(draft: Draft, sources: tuple[SourceWeight, ...]) -> CompiledModel:
         TensorSpec(name, draft.program.dtype(value), draft.program.shape(value)) for name, value in engine.items()
     )
     draft.graph.input.extend(value_info_of(spec) for spec in specs)
-    activation = infer_shapes(draft.model)
+    activation = infer_light(draft.model)
     outputs = tuple(spec_of_value_info(value) for value in activation.graph.output)
     return CompiledModel(activation, program, sources, specs, inputs, outputs, tuple(draft.decisions))
 
@@ -103,36 +101,3 @@ def _rename_inputs(nodes: Iterable[NodeProto], rename: dict[str, str]) -> None:
         for index, name in enumerate(node.input):
             if name in rename:
                 node.input[index] = rename[name]
-
-
-def infer_shapes(model: ModelProto) -> ModelProto:
-    """The model with the shapes of its values inferred; large constants are shown by shape only."""
-    graph = model.graph
-    large = [tensor for tensor in graph.initializer if tensor.ByteSize() > _INLINE]
-    small = [tensor for tensor in graph.initializer if tensor.ByteSize() <= _INLINE]
-    bare = ModelProto()
-    bare.CopyFrom(model) if not large else _copy_without(model, bare, small)
-    for tensor in large:
-        bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    try:
-        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-    except onnx.shape_inference.InferenceError:
-        return model
-    if not large:
-        return inferred
-    del inferred.graph.input[len(graph.input) :]
-    inferred.graph.initializer.extend(large)
-    return inferred
-
-
-def _copy_without(model: ModelProto, bare: ModelProto, kept: list[onnx.TensorProto]) -> None:
-    bare.ir_version = model.ir_version
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    graph = bare.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    graph.value_info.extend(model.graph.value_info)
-    graph.initializer.extend(kept)
