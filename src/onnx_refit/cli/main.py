@@ -43,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Accepted anywhere on the line, as people append it to a command that has just failed.
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        cli.main(args=arguments, prog_name="onnx-refit", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+        # Not standalone: click then raises its errors, and returns the code of an Exit.
+        code = cli.main(args=arguments, prog_name="onnx-refit", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed("error: out of memory", debug)
     except Exception as error:  # noqa: BLE001 - the last line of defence: one line for people, --debug for the rest
         return _failed(f"internal error: {type(error).__name__}: {error}. Run with --debug for the traceback", debug)
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _failed(line: str, debug: bool) -> int:

@@ -1,0 +1,212 @@
+"""The command line as people and machines use it: output, exit codes, one clear line for every failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.numpy
+
+from onnx_refit.cli.main import cli, main
+from tests.support.models import mlp, mlp_input, mlp_reference, mlp_weights
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    onnx.save(mlp(), tmp_path / "mlp.onnx")
+    safetensors.numpy.save_file(mlp_weights(1), tmp_path / "one.safetensors")
+    np.savez(tmp_path / "in.npz", x=mlp_input())
+    assert main(["build", str(tmp_path / "mlp.onnx"), "-o", str(tmp_path / "mlp.plan")]) == 0
+    return tmp_path
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    result: dict[str, object] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_help_lists_every_command_and_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in cli.commands.items():
+        assert name in text
+        assert main([name, "--help"]) == 0
+        assert command.help
+
+
+def test_build_then_run_then_run_with_other_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, inputs, output = str(place / "mlp.plan"), str(place / "in.npz"), place / "out.npz"
+    assert main(["run", plan, "--input", inputs, "-o", str(output)]) == 0
+    x = mlp_input()
+    np.testing.assert_allclose(np.load(output)["y"], mlp_reference(mlp_weights(), x), rtol=1e-4, atol=1e-4)
+    shown = run_json(
+        capsys, "run", plan, "--input", inputs, "--weights", str(place / "one.safetensors"), "-o", str(output)
+    )
+    assert shown["outputs"] == {"y": {"dtype": "float32", "shape": [3, 10]}}
+    np.testing.assert_allclose(np.load(output)["y"], mlp_reference(mlp_weights(1), x), rtol=1e-4, atol=1e-4)
+
+
+def test_refit_writes_a_second_plan(place: Path) -> None:
+    other = place / "other.plan"
+    assert main(["refit", str(place / "mlp.plan"), str(place / "one.safetensors"), "-o", str(other)]) == 0
+    assert main(["run", str(other), "--input", str(place / "in.npz"), "-o", str(place / "out.npz")]) == 0
+    wanted = mlp_reference(mlp_weights(1), mlp_input())
+    np.testing.assert_allclose(np.load(place / "out.npz")["y"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_inspect_shows_weights_and_what_reads_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_json(capsys, "inspect", str(place / "mlp.plan"))
+    weights = {entry["name"]: entry for entry in shown["weights"]}  # type: ignore[attr-defined]
+    assert set(weights) == {"w1", "b1", "w2", "b2"}
+    assert weights["w1"]["shape"] == [24, 40]
+    assert weights["w1"]["bytes"] == 24 * 40 * 4
+    assert "first" in weights["w1"]["uses"][0]
+    assert main(["inspect", str(place / "mlp.plan"), "--decisions"]) == 0
+    assert "4 refittable weights" in capsys.readouterr().out
+
+
+def test_check_says_what_would_be_refused_and_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(place / "mlp.plan"), str(place / "one.safetensors")]) == 0
+    assert "a refit would be accepted" in capsys.readouterr().out
+    bad = {**mlp_weights(1), "w1": np.full((24, 40), np.nan, np.float32), "w3": np.zeros(3, np.float32)}
+    del bad["b1"]
+    safetensors.numpy.save_file(bad, place / "bad.safetensors")
+    assert main(["check", str(place / "mlp.plan"), str(place / "bad.safetensors")]) == 1
+    text = capsys.readouterr().out
+    assert "rejected: 1" in text
+    assert "missing: 1" in text
+    assert "a refit would be refused" in text
+    assert main(["check", str(place / "mlp.plan"), str(place / "bad.safetensors"), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert [entry["name"] for entry in report["missing"]] == ["b1"]
+
+
+def test_prepare_writes_a_model(place: Path) -> None:
+    assert main(["prepare", str(place / "mlp.onnx"), "-o", str(place / "prepared.onnx")]) == 0
+    onnx.checker.check_model(onnx.load(place / "prepared.onnx"))
+
+
+def test_bench_measures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run_json(capsys, "bench", str(place / "mlp.plan"), "--repeats", "3")
+    for key in ("load_seconds", "inference_seconds", "refit_seconds", "copy_seconds"):
+        assert float(str(shown[key])) > 0
+
+
+# ---------------------------------------------------------------- failure: exit code, one line, nothing half-written
+
+NOT_A_PLAN = {
+    "nothing": None,
+    "empty": b"",
+    "text": b"hello\n" * 50,
+}
+
+
+@pytest.mark.parametrize("content", NOT_A_PLAN.values(), ids=NOT_A_PLAN.keys())
+@pytest.mark.parametrize("command", ["inspect", "run", "check", "refit", "bench"])
+def test_what_is_no_plan_fails_with_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], command: str, content: bytes | None
+) -> None:
+    plan = place / "bad.plan"
+    if content is not None:
+        plan.write_bytes(content)
+    arguments = {
+        "inspect": [],
+        "run": ["--input", str(place / "in.npz"), "-o", str(place / "new")],
+        "check": [str(place / "one.safetensors")],
+        "refit": [str(place / "one.safetensors"), "-o", str(place / "new")],
+        "bench": [],
+    }[command]
+    capsys.readouterr()
+    assert main([command, str(plan), *arguments]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.strip().splitlines()) == 1
+    assert shown.err.startswith(f"error: {plan}")
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"this is no protobuf", b"\x08\x07"], ids=["none", "empty", "text", "bare"]
+)
+def test_what_is_no_model_fails_with_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    model = place / "bad.onnx"
+    if content is not None:
+        model.write_bytes(content)
+    for command in ("build", "prepare"):
+        capsys.readouterr()
+        assert main([command, str(model), "-o", str(place / "new")]) == 1
+        shown = capsys.readouterr()
+        assert len(shown.err.strip().splitlines()) == 1
+        assert str(model) in shown.err
+        assert "Traceback" not in shown.err
+        assert not (place / "new").exists()
+
+
+def test_debug_shows_the_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(place / "none.plan"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "missing: 'x'"),
+        ({"x": mlp_input().astype(np.float64)}, "float64"),
+        ({"x": mlp_input()[:, :3]}, "the shape is"),
+        ({"x": mlp_input(), "y": np.zeros(2)}, "unknown: 'y'"),
+    ],
+)
+def test_bad_inputs_fail_with_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], arrays: dict[str, np.ndarray], message: str
+) -> None:
+    np.savez(place / "bad.npz", **arrays)  # type: ignore[arg-type]
+    capsys.readouterr()
+    assert main(["run", str(place / "mlp.plan"), "--input", str(place / "bad.npz"), "-o", str(place / "new")]) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert not (place / "new").exists()
+
+
+def test_an_npz_with_pickles_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(place / "evil.npz", x=np.array([{"a": 1}], dtype=object))
+    assert main(["run", str(place / "mlp.plan"), "--input", str(place / "evil.npz"), "-o", str(place / "new")]) == 1
+    assert "no npz file of plain arrays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["build"], ["build", "a.onnx"], ["build", "a", "-o", "b", "--engine", "abacus"]]
+)
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory_fails_with_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place.chmod(0o500)
+    try:
+        assert main(["build", str(place / "mlp.onnx"), "-o", str(place / "x.plan")]) == 1
+        assert "permission denied" in capsys.readouterr().err
+    finally:
+        place.chmod(0o700)
+
+
+def test_the_command_is_installed_and_ends_with_its_exit_code(place: Path) -> None:
+    run = [sys.executable, "-m", "onnx_refit.cli.main"]
+    good = subprocess.run([*run, "inspect", str(place / "mlp.plan")], capture_output=True, text=True, check=False)
+    assert good.returncode == 0
+    assert "w1" in good.stdout
+    bad = subprocess.run([*run, "inspect", str(place / "no.plan")], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1
+    assert "Traceback" not in bad.stderr

@@ -1,0 +1,205 @@
+"""The plan file: round trip, damage, other versions, and places that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import onnx_refit
+from onnx_refit.errors import OnnxRefitError, PlanFormatError, PlanMismatchError
+from onnx_refit.files import WriteError
+from onnx_refit.plan.plan import model_fingerprint
+from onnx_refit.weights.sources.safetensors import SafetensorsSource
+from onnx_refit.weights.write import write_safetensors
+from tests.support.models import conv_bn, mlp, mlp_input, mlp_reference, mlp_weights
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return onnx_refit.build(mlp()).save(tmp_path_factory.mktemp("plan") / "mlp.plan")
+
+
+def test_what_is_saved_is_what_is_loaded(saved: Path) -> None:
+    built, loaded = onnx_refit.build(mlp()), onnx_refit.Plan.load(saved)
+    assert loaded.fingerprint == built.fingerprint
+    assert loaded.compiled == built.compiled
+    assert loaded.model_fingerprint == model_fingerprint(mlp())
+    assert loaded.weights is not None
+    for name, array in mlp_weights().items():
+        np.testing.assert_array_equal(loaded.weights[name], array)
+        assert not loaded.weights[name].flags.writeable
+
+
+def test_a_fold_survives_the_file(tmp_path: Path) -> None:
+    built = onnx_refit.build(conv_bn())
+    loaded = onnx_refit.Plan.load(built.save(tmp_path / "conv.plan"))
+    assert loaded.compiled == built.compiled
+    x = np.random.default_rng(0).standard_normal((1, 3, 9, 9)).astype(np.float32)
+    with onnx_refit.load(built) as one, onnx_refit.load(loaded) as other:
+        np.testing.assert_array_equal(one.run({"x": x})["y"], other.run({"x": x})["y"])
+
+
+def test_any_safetensors_reader_can_open_it(saved: Path) -> None:
+    tensors = safetensors.numpy.load_file(saved)
+    np.testing.assert_array_equal(tensors["weights/w1"], mlp_weights()["w1"])
+    assert "plan/activation.onnx" in tensors
+
+
+def test_building_twice_gives_the_same_plan(tmp_path: Path) -> None:
+    one = onnx_refit.build(mlp(), options=onnx_refit.BuildOptions(specialise=False)).save(tmp_path / "a.plan")
+    two = onnx_refit.build(mlp(), options=onnx_refit.BuildOptions(specialise=False)).save(tmp_path / "b.plan")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_stripped_plan_holds_no_weights(tmp_path: Path, saved: Path) -> None:
+    path = onnx_refit.Plan.load(saved).save(tmp_path / "stripped.plan", strip=True)
+    assert onnx_refit.Plan.load(path).weights is None
+    names = SafetensorsSource(path).specs
+    assert not [name for name in names if name.startswith("weights/")]
+
+
+def test_a_plan_of_another_model_is_told_apart(saved: Path) -> None:
+    plan = onnx_refit.Plan.load(saved)
+    plan.require_model(model_fingerprint(mlp()))
+    with pytest.raises(PlanMismatchError, match="another model"):
+        plan.require_model(model_fingerprint(mlp(mlp_weights(1))))
+
+
+def test_refit_plan_leaves_the_old_one_alone(tmp_path: Path, saved: Path) -> None:
+    before = saved.read_bytes()
+    new = onnx_refit.refit_plan(saved, mlp_weights(5)).save(tmp_path / "new.plan")
+    assert saved.read_bytes() == before
+    x = mlp_input()
+    with onnx_refit.load(new) as engine:
+        np.testing.assert_allclose(engine.run({"x": x})["y"], mlp_reference(mlp_weights(5), x), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_refused(saved: Path) -> None:
+    plan = onnx_refit.Plan.load(saved)
+    with pytest.raises(PlanMismatchError, match="1 missing"):
+        plan.with_weights({**mlp_weights(), "w1": np.zeros((2, 2), np.float32)})
+
+
+# ---------------------------------------------------------------- damage
+
+
+def rewritten(saved: Path, path: Path, **metadata: str) -> Path:
+    """The plan with other metadata."""
+    source = SafetensorsSource(saved)
+    with path.open("wb") as file:
+        write_safetensors(file, {n: source.read(n) for n in source.specs}, {**source.metadata, **metadata})
+    return path
+
+
+def test_another_format_version_is_refused(tmp_path: Path, saved: Path) -> None:
+    path = rewritten(saved, tmp_path / "future.plan", format_version="99")
+    with pytest.raises(PlanFormatError, match="version 99 of the format"):
+        onnx_refit.Plan.load(path)
+
+
+def test_a_safetensors_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.numpy.save_file(mlp_weights(), path)
+    with pytest.raises(PlanFormatError, match="not a plan"):
+        onnx_refit.Plan.load(path)
+
+
+def test_a_manifest_that_lies_is_refused(tmp_path: Path, saved: Path) -> None:
+    manifest = json.loads(SafetensorsSource(saved).metadata["manifest"])
+    for key in list(manifest):
+        broken = {name: value for name, value in manifest.items() if name != key}
+        path = rewritten(saved, tmp_path / "broken.plan", manifest=json.dumps(broken))
+        if key == "producer":
+            onnx_refit.Plan.load(path)
+            continue
+        with pytest.raises(PlanFormatError):
+            onnx_refit.Plan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"not a plan at all, just text\n" * 100, b"\0" * 1000])
+def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "else.plan"
+    path.write_bytes(content)
+    with pytest.raises(PlanFormatError):
+        onnx_refit.Plan.load(path)
+
+
+def test_no_such_file_and_a_directory_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OnnxRefitError, match="no such file"):
+        onnx_refit.Plan.load(tmp_path / "none.plan")
+    with pytest.raises(OnnxRefitError, match="directory"):
+        onnx_refit.Plan.load(tmp_path)
+
+
+def test_a_plan_cut_short_is_refused(tmp_path: Path, saved: Path) -> None:
+    data = saved.read_bytes()
+    path = tmp_path / "cut.plan"
+    for length in (*range(0, len(data), max(1, len(data) // 40)), len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(PlanFormatError):
+            onnx_refit.Plan.load(path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_byte_never_goes_unseen(tmp_path: Path, saved: Path, data: st.DataObject) -> None:
+    original = saved.read_bytes()
+    at = data.draw(st.integers(0, len(original) - 1))
+    flip = data.draw(st.integers(1, 255))
+    path = tmp_path / "flipped.plan"
+    path.write_bytes(original[:at] + bytes([original[at] ^ flip]) + original[at + 1 :])
+    header = 8 + int.from_bytes(original[:8], "little")
+    try:
+        loaded = onnx_refit.Plan.load(path)
+    except PlanFormatError:
+        return
+    # Only the header's free text (names of uses, reasons, padding) may differ without being damage.
+    assert at < header
+    assert loaded.weights is not None
+    for name, array in loaded.weights.items():
+        np.testing.assert_array_equal(array, mlp_weights()[name])
+
+
+# ---------------------------------------------------------------- places that cannot be written
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota"), (errno.EIO, "cannot be written")],
+)
+@pytest.mark.parametrize("where", ["os.fsync", "tempfile.mkstemp", "pathlib.Path.replace"])
+def test_a_failing_disk_leaves_the_old_plan(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, message: str
+) -> None:
+    plan = onnx_refit.Plan.load(saved)
+    target = tmp_path / "mlp.plan"
+    plan.save(target)
+    before = target.read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        with pytest.raises(WriteError, match=message):
+            plan.save(target, strip=True)
+    assert target.read_bytes() == before
+    assert os.listdir(tmp_path) == ["mlp.plan"]
+
+
+def test_a_missing_directory_is_said(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(WriteError, match="no such directory"):
+        onnx_refit.Plan.load(saved).save(tmp_path / "none" / "mlp.plan")
+
+
+def test_a_file_where_a_directory_should_be_is_said(saved: Path) -> None:
+    with pytest.raises(WriteError, match="a file, not a directory"):
+        onnx_refit.Plan.load(saved).save(saved / "mlp.plan")
