@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,7 +15,7 @@ from onnx_refit.tensors import Array, TensorSpec, is_floating
 from onnx_refit.weights.nearest import Nearest
 from onnx_refit.weights.scan import CastProblem, Measure, Worst, all_finite, cast, first_non_finite, measure, same_bits
 from onnx_refit.weights.source import WeightSource
-from onnx_refit.weights.view import NamedView
+from onnx_refit.weights.view import NamedView, ViewProblemKind
 
 # Near misses are looked up for so many problems of a kind; nobody reads further, and a look-up takes milliseconds.
 _LOOKED_UP = 25
@@ -24,6 +24,10 @@ _CAST_REASONS = {
     CastProblem.KIND: RejectReason.DTYPE,
     CastProblem.LOSSY: RejectReason.LOSSY_CAST,
     CastProblem.OVERFLOW: RejectReason.OVERFLOW,
+}
+_VIEW_REASONS = {
+    ViewProblemKind.AMBIGUOUS: RejectReason.AMBIGUOUS,
+    ViewProblemKind.SHAPE: RejectReason.SHAPE,
 }
 
 
@@ -99,7 +103,8 @@ def check(
         name = spec.name
         if name in problems:
             names = view.checkpoint_names(name) if view is not None else ()
-            rejected.append(Rejected(name, names, RejectReason.AMBIGUOUS, problems[name], spec))
+            problem = problems[name]
+            rejected.append(Rejected(name, names, _VIEW_REASONS[problem.kind], problem.text, spec))
             continue
         stored = specs.get(name)
         if stored is None:
@@ -157,7 +162,7 @@ def _compare(
 
 def _unused(sources: Sequence[SourceWeight], weights: WeightSource, view: NamedView | None) -> Iterable[TensorSpec]:
     if view is not None:
-        return view.unused.values()
+        return view.unused({source.spec.name for source in sources}).values()
     wanted = {source.spec.name for source in sources}
     return [spec for name, spec in weights.specs.items() if name not in wanted]
 

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, runtime_checkable
 
 from onnx_refit.tensors import TensorSpec
 from onnx_refit.weights.source import WeightSource
 
 
+class ViewProblemKind(Enum):
+    """Why a weight cannot be had through a view."""
+
+    AMBIGUOUS = "ambiguous"
+    SHAPE = "shape"
+
+
+@dataclass(frozen=True)
+class ViewProblem:
+    """A weight that a view cannot give although the checkpoint has tensors for it; ``text`` says why."""
+
+    kind: ViewProblemKind
+    text: str
+
+
 @runtime_checkable
 class NamedView(WeightSource, Protocol):
-    """A weight source in the model's names over a checkpoint that has others."""
+    """A weight source in other names over a checkpoint."""
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
-        """The checkpoint tensors that a weight is made of."""
+        """The checkpoint tensors that a tensor of the view is made of."""
+        ...
+
+    def unused(self, wanted: Collection[str]) -> Mapping[str, TensorSpec]:
+        """The checkpoint tensors that none of the wanted tensors is made of, without those known to be left over."""
         ...
 
     @property
-    def unused(self) -> Mapping[str, TensorSpec]:
-        """The checkpoint tensors that no weight is made of, and that were not expected to be left over."""
-        ...
-
-    @property
-    def problems(self) -> Mapping[str, str]:
-        """Weight name -> why it cannot be told which tensor it is (two tensors of one name after renaming)."""
+    def problems(self) -> Mapping[str, ViewProblem]:
+        """Tensor of the view -> why it cannot be given."""
         ...

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
 from onnx_refit.errors import ModelError, WeightsError, WeightsFormatError

@@ -1,0 +1,114 @@
+"""A checkpoint seen as the weights of a model, through a map of names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+from onnx_refit.errors import WeightsError
+from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.provenance.expression import Expression, dtype_of, evaluate, tensors_of
+from onnx_refit.weights.source import WeightSource
+from onnx_refit.weights.view import NamedView, ViewProblem, ViewProblemKind
+
+
+class MappedView:
+    """The weights of a model over a checkpoint in other names.
+
+    Args:
+        source: the checkpoint, or tensors that already have the model's names.
+        entries: weight -> expression over checkpoint tensors.
+        weights: weight -> spec, for all weights of the model.
+        shapes: checkpoint tensor -> the shape it had when the map was made.
+        ignored: checkpoint tensors that are expected and part of no weight.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        entries: Mapping[str, Expression],
+        weights: Mapping[str, TensorSpec],
+        shapes: Mapping[str, tuple[int, ...]],
+        ignored: frozenset[str],
+    ) -> None:
+        self._source = source
+        self._ignored = ignored
+        inner = source.problems if isinstance(source, NamedView) else {}
+        held = source.specs.keys() | inner.keys()
+        self._parts = {name: tuple(dict.fromkeys(tensors_of(e))) for name, e in entries.items()}
+        through = sum(all(part in held for part in parts) for parts in self._parts.values())
+        self.own_names = through < sum(name in held for name in weights)
+        if self.own_names:
+            self._parts = {name: (name,) for name in weights}
+        self._entries = {} if self.own_names else entries
+        specs: dict[str, TensorSpec] = {}
+        problems: dict[str, ViewProblem] = {}
+        for name, parts in self._parts.items():
+            if not all(part in held for part in parts):
+                continue
+            problem = next((inner[part] for part in parts if part in inner), None) or self._misshapen(parts, shapes)
+            if problem is not None:
+                problems[name] = problem
+            elif self.own_names:
+                specs[name] = source.specs[name]
+            else:
+                dtype = dtype_of(entries[name], lambda part: source.specs[part].dtype)
+                specs[name] = TensorSpec(name, dtype, weights[name].shape)
+        self._specs, self._problems = MappingProxyType(specs), MappingProxyType(problems)
+
+    def _misshapen(self, parts: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> ViewProblem | None:
+        if self.own_names:
+            return None
+        for part in parts:
+            spec = self._source.specs[part]
+            if spec.shape != shapes[part]:
+                return ViewProblem(
+                    ViewProblemKind.SHAPE,
+                    f"the checkpoint's {spec} had the shape {list(shapes[part])} when the plan was built",
+                )
+        return None
+
+    @property
+    def description(self) -> str:
+        """Where the tensors come from."""
+        return self._source.description
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Weight -> spec of every weight that the checkpoint gives."""
+        return self._specs
+
+    def read(self, name: str) -> Array:
+        """One weight, computed from its tensors; a view of a checkpoint tensor where nothing has to move.
+
+        Raises:
+            WeightsError: the checkpoint does not give it, or a value does not survive a cast of the exporter.
+        """
+        if name not in self._specs:
+            raise WeightsError(f"does not give the weight {name!r}", where=self.description)
+        if self.own_names:
+            return self._source.read(name)
+        return evaluate(self._entries[name], self._source.read)
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        self._source.close()
+
+    def checkpoint_names(self, name: str) -> tuple[str, ...]:
+        """The checkpoint tensors that a weight is made of, by their own names."""
+        parts = self._parts.get(name, ())
+        if isinstance(self._source, NamedView):
+            return tuple(own for part in parts for own in self._source.checkpoint_names(part))
+        return parts
+
+    def unused(self, wanted: Collection[str]) -> Mapping[str, TensorSpec]:
+        """The checkpoint tensors that none of the wanted weights is made of and that the map does not know."""
+        read = {part for name in wanted for part in self._parts.get(name, ())} | self._ignored
+        if isinstance(self._source, NamedView):
+            return self._source.unused(read)
+        return {name: spec for name, spec in self._source.specs.items() if name not in read}
+
+    @property
+    def problems(self) -> Mapping[str, ViewProblem]:
+        """Weight -> why the checkpoint's tensors cannot be taken for it."""
+        return self._problems

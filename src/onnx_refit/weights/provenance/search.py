@@ -1,0 +1,113 @@
+"""The search for the checkpoint tensors that the weights of a model are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from onnx_refit.tensors import Array, dtype_name
+from onnx_refit.weights.provenance.analogy import Siblings, analogous
+from onnx_refit.weights.provenance.arithmetic import find_folded_biases, find_folded_weights, find_scales
+from onnx_refit.weights.provenance.bits import arrangements, is_constant, signature
+from onnx_refit.weights.provenance.choose import Chooser, Tie
+from onnx_refit.weights.provenance.clues import Clues
+from onnx_refit.weights.provenance.expression import BatchNormFold, Convert, Expression, Stored
+from onnx_refit.weights.provenance.parts import find_concatenations, find_slices
+from onnx_refit.weights.provenance.pool import Pool
+from onnx_refit.weights.scan import same_bits
+from onnx_refit.weights.source import WeightSource
+
+
+def search(
+    weights: Mapping[str, Array], checkpoint: WeightSource, clues: Clues
+) -> tuple[dict[str, Expression], list[Tie]]:
+    """One exact expression for each weight that has one, and the ties that were broken.
+
+    Args:
+        weights: weight name -> its value in the model.
+        checkpoint: the checkpoint that the model was exported from.
+        clues: where the weights stand in the graph.
+    """
+    pool = Pool(checkpoint, (array.size for array in weights.values()))
+    named = {name: Stored(name) for name, array in weights.items() if _same_by_name(pool, name, array)}
+    options: dict[str, list[Expression]] = {}
+    constants: list[str] = []
+    for name, array in weights.items():
+        if name in named or array.dtype.kind == "O" or dtype_name(array.dtype) == "complex128":
+            continue
+        found = _arranged(pool, array)
+        if is_constant(array):
+            constants.append(name)
+        elif not found:
+            found = find_concatenations(pool, array) or find_slices(pool, array) or find_scales(pool, array)
+            found = found or find_folded_weights(pool, array)
+        if found:
+            options[name] = found
+    _add_folded_biases(pool, weights, named, options)
+    _add_analogies(pool, weights, named, options, constants, clues)
+    return Chooser(clues, pool.position).choose(named, options)
+
+
+def _same_by_name(pool: Pool, name: str, array: Array) -> bool:
+    spec = pool.specs.get(name)
+    return spec is not None and spec.shape == array.shape and same_bits(pool.read(name), array)
+
+
+def _arranged(pool: Pool, array: Array) -> list[Expression]:
+    """The single tensors that the weight is a rearrangement of, as they are stored or else after a cast."""
+    wanted = signature(array)
+    constant = is_constant(array)
+    found: list[Expression] = []
+    for name in pool.alike(wanted):
+        ways = arrangements(array, pool.read(name), Stored(name))
+        # Of a constant every arrangement fits; keep all, for the habits of the model to decide.
+        found += ways if constant else _first(ways)
+    if found:
+        return found
+    dtype = dtype_name(array.dtype)
+    for name in pool.alike_when_converted(wanted, dtype):
+        converted = pool.convert(name, dtype)
+        if converted is not None:
+            ways = arrangements(array, converted, Convert(Stored(name), dtype))
+            found += ways if constant else _first(ways)
+    return found
+
+
+def _first(ways: Iterable[Expression]) -> list[Expression]:
+    first = next(iter(ways), None)
+    return [] if first is None else [first]
+
+
+def _add_folded_biases(
+    pool: Pool, weights: Mapping[str, Array], named: Mapping[str, Expression], options: dict[str, list[Expression]]
+) -> None:
+    folds = [e for found in options.values() for e in found if isinstance(e, BatchNormFold)]
+    if not folds:
+        return
+    for name, array in weights.items():
+        if name not in named and name not in options:
+            found = find_folded_biases(pool, array, folds)
+            if found:
+                options[name] = found
+
+
+def _add_analogies(
+    pool: Pool,
+    weights: Mapping[str, Array],
+    named: Mapping[str, Expression],
+    options: dict[str, list[Expression]],
+    constants: list[str],
+    clues: Clues,
+) -> None:
+    """Let constants be pieces too, where the weight beside them is one."""
+    known = {**named, **{name: found[0] for name, found in options.items() if len(found) == 1}}
+    if not constants or not known:
+        return
+    siblings = Siblings(list(pool.specs))
+    order = clues.sorted(weights)
+    for name in constants:
+        if weights[name].ndim != 1:
+            continue
+        for expression in analogous(pool, siblings, name, weights[name], order, known):
+            found = options.setdefault(name, [])
+            if expression not in found:
+                found.append(expression)
