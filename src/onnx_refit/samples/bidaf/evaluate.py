@@ -144,9 +144,7 @@ def evaluate(
 _Result = tuple[str, str, float]
 
 
-def _each(
-    ask: Callable[[Question], _Result], questions: Sequence[Question], threads: int
-) -> Iterable[_Result]:
+def _each(ask: Callable[[Question], _Result], questions: Sequence[Question], threads: int) -> Iterable[_Result]:
     """The results of all questions, in any order, with few of them waiting at a time."""
     if threads == 1:
         yield from map(ask, questions)
