@@ -14,9 +14,9 @@ from onnx_refit.weights.nearest import tokens
 _USE = re.compile(r"^(?P<node>.*) \((?P<op>[\w.]+)\)\[(?P<index>\d+)\]$", re.DOTALL)
 # Words that exporters make up; they name no module.
 _GENERIC = frozenset(
-    ("onnx", "val", "value", "tmp", "temp", "weight", "initializer", "init", "constant", "const", "node", "param")
-    + ("parameter", "t", "tensor", "output", "input", "matmul", "gemm", "conv", "add", "mul", "div", "sub", "linear")
-    + ("transpose", "reshape", "concat", "slice", "split", "cast", "gather", "unsqueeze")
+    {"onnx", "val", "value", "tmp", "temp", "weight", "initializer", "init", "constant", "const", "node", "param"}
+    | {"parameter", "t", "tensor", "output", "input", "matmul", "gemm", "conv", "add", "mul", "div", "sub", "linear"}
+    | {"transpose", "reshape", "concat", "slice", "split", "cast", "gather", "unsqueeze"}
 )
 
 
