@@ -75,4 +75,6 @@ def compile_model(model: ModelProto, options: CompileOptions | None = None) -> C
     promoted = promote(model, options.refittable, options.constant, options.base_dir)
     recipes = Recipes(promoted.draft.program)
     run_draft_passes(promoted.draft, (Hoist(), FoldPass(all_folds(recipes, promoted.weights))))
-    return Compilation(finish(promoted.draft, promoted.sources), promoted.weights)
+    compiled = finish(promoted.draft, promoted.sources)
+    weights = {source.spec.name: promoted.weights[source.spec.name] for source in compiled.sources}
+    return Compilation(compiled, weights)

@@ -121,7 +121,7 @@ def _run_session(
 ) -> dict[str, Array]:
     binding, results = session.io_binding(), {}
     for name in inputs:
-        binding.bind_ortvalue_input(name, _ort_value(np.ascontiguousarray(feeds[name])))
+        binding.bind_ortvalue_input(name, _ort_value(np.asarray(feeds[name], order="C")))
     for spec in outputs:
         results[spec.name] = np.empty(spec.static_shape, numpy_dtype(spec.dtype))
         binding.bind_ortvalue_output(spec.name, _ort_value(results[spec.name]))

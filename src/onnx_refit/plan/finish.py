@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from onnx import GraphProto, NodeProto, helper, numpy_helper
@@ -24,10 +24,16 @@ def finish(draft: Draft, sources: tuple[SourceWeight, ...]) -> CompiledModel:
     specs = tuple(
         TensorSpec(name, draft.program.dtype(value), draft.program.shape(value)) for name, value in engine.items()
     )
+    _drop_stale_types(draft)
     draft.graph.input.extend(value_info_of(spec) for spec in specs)
     activation = infer_light(draft.model)
     outputs = tuple(spec_of_value_info(value) for value in activation.graph.output)
-    return CompiledModel(activation, program, sources, specs, inputs, outputs, tuple(draft.decisions))
+    needed = frozenset().union(*program.dependencies.values())
+    for source in sources:
+        if source.spec.name not in needed:
+            draft.reject(source.spec.name, "make refittable", "no engine weight is computed from it")
+    kept = tuple(source for source in sources if source.spec.name in needed)
+    return CompiledModel(activation, program, kept, specs, inputs, outputs, tuple(draft.decisions))
 
 
 def drop_dead_nodes(graph: GraphProto) -> None:
@@ -44,6 +50,16 @@ def drop_dead_nodes(graph: GraphProto) -> None:
         live.update(reads(node))
     for index in dead:
         del graph.node[index]
+
+
+def _drop_stale_types(draft: Draft) -> None:
+    """Remove the declared types of values that no node makes any more."""
+    for graph in draft.graphs():
+        made = {output for node in graph.node for output in node.output}
+        kept = [value for value in graph.value_info if value.name in made]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
 
 
 def _restore_outputs(draft: Draft) -> None:
@@ -74,10 +90,7 @@ def _bind(draft: Draft) -> dict[str, str]:
     pending = [
         name for name in read if name not in made and not program.is_weight(name) and name not in program.constants
     ]
-    expressions = program.prune(pending)
-    for offset, node in enumerate(expressions):
-        draft.graph.node.insert(offset, node)
-        read.update(dict.fromkeys(name for name in node.input if name))
+    read.update(dict.fromkeys(_insert_expressions(draft, pending, made)))
     rename = {name: draft.names.fresh(f"{name}_weight") for name in read if name in outputs and _is_bound(draft, name)}
     if rename:
         _rename_inputs(draft.nodes(), rename)
@@ -85,11 +98,30 @@ def _bind(draft: Draft) -> dict[str, str]:
     for name in read:
         bound = rename.get(name, name)
         if name in program.constants:
-            array = np.ascontiguousarray(program.constants[name])
+            array = np.asarray(program.constants[name], order="C")
             draft.graph.initializer.append(numpy_helper.from_array(array, bound))
         elif program.is_weight(name):
             engine[bound] = name
     return engine
+
+
+def _insert_expressions(draft: Draft, wanted: list[str], made: Collection[str]) -> list[str]:
+    """Put the nodes that compute constant expressions in front of the main graph; the constants they read.
+
+    What the activation graph makes too (``made``) gets a name of its own here.
+    """
+    nodes = draft.program.prune(wanted)
+    rename = {name: draft.names.fresh(name) for node in nodes for name in node.output if name in made}
+    read: list[str] = []
+    for offset, node in enumerate(nodes):
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = draft.names.fresh(node.name)
+        copy.input[:] = [rename.get(name, name) for name in node.input]
+        copy.output[:] = [rename.get(name, name) for name in node.output]
+        draft.graph.node.insert(offset, copy)
+        read.extend(name for name in node.input if name in draft.program.constants)
+    return read
 
 
 def _is_bound(draft: Draft, name: str) -> bool:

@@ -172,7 +172,7 @@ class ProgramBuilder:
         read = dict.fromkeys(name for node in nodes for name in node.input if name)
         inputs = [value_info_of(self.specs[name]) for name in read if self.depends[name] == {name}]
         constants = [
-            numpy_helper.from_array(np.ascontiguousarray(self.constants[n]), n) for n in read if n in self.constants
+            numpy_helper.from_array(np.asarray(self.constants[n], order="C"), n) for n in read if n in self.constants
         ]
         outputs = [
             value_info_of(TensorSpec(name, self.specs[value].dtype, self.specs[value].shape))

@@ -91,7 +91,7 @@ def _sort(draft: Draft, tensors: Mapping[str, Stored], wished: frozenset[str], r
         if name in refused:
             reason = "the caller asked for a constant"
         if reason is None or name in wished:
-            array = np.ascontiguousarray(stored.array)
+            array = np.asarray(stored.array, order="C")
             draft.program.add_source(spec_of(name, array))
             readers = tuple(f"{node.name} ({node.op_type})[{index}]" for node, index in uses.get(name, []))
             sources.append(SourceWeight(spec_of(name, array), readers, stored.origin))
