@@ -14,11 +14,13 @@ from onnx_refit.errors import UnsupportedModelError
 from onnx_refit.model.load import load_model
 from onnx_refit.model.prepare import prepare
 from onnx_refit.plan.compile import CompileOptions, compile_model
+from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.plan.plan import Plan, model_fingerprint
 from onnx_refit.refit.check import CheckOptions, CheckReport
 from onnx_refit.refit.check import check as check_weights
 from onnx_refit.refit.live import Engine, initial_weights
 from onnx_refit.tensors import Array
+from onnx_refit.weights.names import find_names
 from onnx_refit.weights.open import WeightsLike, open_weights
 
 ModelLike = str | os.PathLike[str] | onnx.ModelProto
@@ -91,14 +93,7 @@ def build(
         postprocessors=() if prepared is None else prepared.postprocessors,
     )
     if checkpoint is not None:
-        from onnx_refit.weights.names import find_names
-
-        source = open_weights(checkpoint)
-        try:
-            plan = replace(plan, names=find_names(compilation.weights, source).names)
-        finally:
-            if source is not checkpoint:
-                source.close()
+        plan = _with_names(plan, checkpoint, proto)
     if options.specialise:
         backend, artefact = create_backend(
             engine, compilation.compiled, weights=compilation.weights, options=options.engine
@@ -107,6 +102,28 @@ def build(
         if artefact is not None:
             plan = plan.with_artefact(engine, artefact)
     return plan
+
+
+def _with_names(plan: Plan, checkpoint: WeightsLike, model: onnx.ModelProto) -> Plan:
+    """The plan with the map from a checkpoint's names, and how each doubtful name was decided."""
+    source = open_weights(checkpoint)
+    try:
+        found = find_names(initial_weights(plan), source, model)
+    finally:
+        if source is not checkpoint:
+            source.close()
+    action = f"find it in {source.description}"
+    decisions = [
+        *(Decision(tie.weight, action, Verdict.ACCEPTED, str(tie)) for tie in found.ties),
+        *(
+            Decision(
+                name, action, Verdict.REJECTED, "no tensor of the checkpoint gives its bits, by any operation tried"
+            )
+            for name in found.unmatched
+        ),
+    ]
+    compiled = replace(plan.compiled, decisions=(*plan.compiled.decisions, *decisions))
+    return replace(plan, names=found.names, compiled=compiled)
 
 
 def load(

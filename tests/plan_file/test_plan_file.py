@@ -192,7 +192,7 @@ def test_a_failing_disk_leaves_the_old_plan(
         with pytest.raises(WriteError, match=message):
             plan.save(target, strip=True)
     assert target.read_bytes() == before
-    assert os.listdir(tmp_path) == ["mlp.plan"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mlp.plan"]
 
 
 def test_a_missing_directory_is_said(tmp_path: Path, saved: Path) -> None:

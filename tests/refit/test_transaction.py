@@ -241,7 +241,7 @@ def test_a_bad_canary_stops_the_refit(engine: onnx_refit.Engine, canary: onnx_re
 # ---------------------------------------------------------------- faults, injected at every step
 
 
-class Boom(Exception):
+class UnexpectedError(Exception):
     """A fault nobody expects."""
 
 
@@ -254,7 +254,7 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("fault", [Boom, MemoryError, OSError, KeyboardInterrupt, EngineError])
+@pytest.mark.parametrize("fault", [UnexpectedError, MemoryError, OSError, KeyboardInterrupt, EngineError])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_fault_at_a_step_leaves_the_engine_as_it_was(
     engine: onnx_refit.Engine, monkeypatch: pytest.MonkeyPatch, step: str, fault: type[BaseException]
@@ -272,7 +272,7 @@ def test_a_fault_at_a_step_leaves_the_engine_as_it_was(
     assert answers(engine, mlp_weights(2))
 
 
-@pytest.mark.parametrize("fault", [Boom, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("fault", [UnexpectedError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("method", ["derive", "required", "recover"])
 def test_a_fault_in_the_backend_leaves_the_engine_as_it_was(
     engine: onnx_refit.Engine, monkeypatch: pytest.MonkeyPatch, method: str, fault: type[BaseException]

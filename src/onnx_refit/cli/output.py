@@ -80,7 +80,7 @@ def progress(
 ) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; yields a function that takes how much was done so far."""
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
-    columns += [DownloadColumn(), TransferSpeedColumn()] if as_bytes else []  # type: ignore[list-item]
+    columns += [DownloadColumn(), TransferSpeedColumn()] if as_bytes else []
     with Progress(*columns, TimeElapsedColumn(), console=err(), transient=True, disable=quiet) as bar:
         task = bar.add_task(escape(what), total=total)
         yield lambda done: bar.update(task, completed=done)

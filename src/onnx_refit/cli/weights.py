@@ -16,6 +16,8 @@ from onnx_refit.cli.plans import PATH
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.weights.open import WeightsLike, open_weights
+from onnx_refit.weights.rules import Rules
 
 
 def check_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,6 +26,7 @@ def check_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--partial", is_flag=True, help="Weights that are not given stay as they are."),
         click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinities."),
         click.option("--allow-rounding", is_flag=True, help="Accept a cast that rounds values."),
+        click.option("--rules", type=PATH, help="A TOML file with rules that rename tensors first."),
     ):
         command = option(command)
     return command
@@ -38,6 +41,11 @@ def make_options(partial: bool, allow_nonfinite: bool, allow_rounding: bool, *, 
         compare=measure,
         measure=measure,
     )
+
+
+def open_renamed(weights: str, rules: Path | None) -> WeightsLike:
+    """The weights a command names, seen through the rules of a file if one is given."""
+    return weights if rules is None else Rules.load(rules).apply(open_weights(weights))
 
 
 def show_check(report: CheckReport, *, measured: bool) -> None:
@@ -85,14 +93,21 @@ def _specs(entry: Any) -> str:
 @check_options
 @json_option
 def check_command(
-    plan: Path, weights: str, partial: bool, allow_nonfinite: bool, allow_rounding: bool, as_json: bool
+    plan: Path,
+    weights: str,
+    partial: bool,
+    allow_nonfinite: bool,
+    allow_rounding: bool,
+    rules: Path | None,
+    as_json: bool,
 ) -> None:
     """Check WEIGHTS against PLAN without changing anything: accepted, rejected with reasons, missing, not used.
 
     Exit code 0 if a refit would be accepted, 1 if not.
     """
     with spinner(f"checking {weights}", quiet=as_json):
-        report = api.check(plan, weights, make_options(partial, allow_nonfinite, allow_rounding, measure=True))
+        source = open_renamed(weights, rules)
+        report = api.check(plan, source, make_options(partial, allow_nonfinite, allow_rounding, measure=True))
     if as_json:
         emit_json(report.to_json())
     else:
@@ -116,13 +131,15 @@ def refit_command(
     partial: bool,
     allow_nonfinite: bool,
     allow_rounding: bool,
+    rules: Path | None,
     as_json: bool,
 ) -> None:
     """Write PLAN with other WEIGHTS to OUTPUT; PLAN itself stays as it is unless OUTPUT names it."""
     started = time.perf_counter()
     opened = Plan.load(plan)
     with spinner(f"refitting {plan}", quiet=as_json):
-        refitted = api.refit_plan(opened, weights, make_options(partial, allow_nonfinite, allow_rounding))
+        source = open_renamed(weights, rules)
+        refitted = api.refit_plan(opened, source, make_options(partial, allow_nonfinite, allow_rounding))
         refitted.save(output)
     seconds = time.perf_counter() - started
     if as_json:

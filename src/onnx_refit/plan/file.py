@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,11 +31,9 @@ from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel, Decision, RefitProgram, SourceWeight, Verdict
 from onnx_refit.plan.plan import Plan
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from onnx_refit.weights.names import NameMap
 from onnx_refit.weights.sources.safetensors import SafetensorsSource
 from onnx_refit.weights.write import write_safetensors
-
-if TYPE_CHECKING:
-    from onnx_refit.weights.names import NameMap
 
 FORMAT = "onnx-refit plan"
 FORMAT_VERSION = 1
@@ -183,16 +181,10 @@ def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], dig
         model_fingerprint=manifest["model_fingerprint"],
         preprocessors=_maps(sections, "preprocessor"),
         postprocessors=_maps(sections, "postprocessor"),
-        names=None if names is None else _names(names),
+        names=None if names is None else NameMap.from_json(json.loads(names)),
         artefacts={n[len(_ARTEFACT) :]: data for n, data in sections.items() if n.startswith(_ARTEFACT)},
         path=path,
     )
-
-
-def _names(data: bytes) -> NameMap:
-    from onnx_refit.weights.names import NameMap
-
-    return NameMap.from_json(json.loads(data))
 
 
 def _maps(sections: Mapping[str, bytes], kind: str) -> tuple[VocabularyMap, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnx import ModelProto
 
@@ -16,9 +16,7 @@ from onnx_refit.errors import PlanMismatchError
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.tensors import Array, TensorSpec, spec_of
-
-if TYPE_CHECKING:
-    from onnx_refit.weights.names import NameMap
+from onnx_refit.weights.names import NameMap
 
 
 def model_fingerprint(model: ModelProto) -> str:

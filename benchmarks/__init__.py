@@ -1,0 +1,1 @@
+"""What onnx-refit costs, beside what people do today: paired measurements in one process."""

@@ -1,0 +1,184 @@
+"""The CPU figures of one case: inference, refit, rebuild, partial refit, tail latency, memory, build."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+import onnx_refit
+from benchmarks import peers
+from benchmarks.cases import Case
+from benchmarks.measure import copy_seconds, once, race, ratio
+from onnx_refit.tensors import Array
+
+
+def other_weights(engine: onnx_refit.Engine, seed: int) -> dict[str, Array]:
+    """Weights like the engine's own, different in every element."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name in engine.refittable:
+        array = np.array(engine.weights().read(name))
+        noise = rng.uniform(0.9, 1.1, array.shape)
+        made[name] = np.ascontiguousarray((array * noise + (array == 0) * 1e-3).astype(array.dtype))
+    return made
+
+
+def measure_case(case: Case, threads: int, *, peers_too: bool, seconds: float) -> dict[str, Any]:
+    """All figures of one case with one number of threads."""
+    started = time.perf_counter()
+    plan = onnx_refit.build(case.model, options=onnx_refit.BuildOptions(engine=onnx_refit.EngineOptions(threads)))
+    build = time.perf_counter() - started
+    bake = statistics.median(once(lambda: peers.baked(case.model, threads)) for _ in range(3))
+    session = peers.baked(case.model, threads)
+    with onnx_refit.load(plan, options=onnx_refit.EngineOptions(threads)) as engine:
+        engine.full_speed.wait()
+        result: dict[str, Any] = {
+            "case": case.name,
+            "threads": threads,
+            "weight_bytes": plan.weight_bytes,
+            "tensors": len(plan.refittable),
+            "build_seconds": build,
+            "bake_seconds": bake,
+            "build_over_bake": build / bake,
+            "inference": {},
+        }
+        for label, inputs in case.inputs.items():
+            result["inference"][label] = _inference(case, engine, session, inputs, threads, peers_too, seconds)
+        label, inputs = next(iter(case.inputs.items()))
+        result["refit"] = _refit(case, engine, inputs, bake)
+        result["tail"] = _tail(engine, inputs)
+    return result
+
+
+def _inference(
+    case: Case,
+    engine: onnx_refit.Engine,
+    session: ort.InferenceSession,
+    inputs: Mapping[str, Array],
+    threads: int,
+    peers_too: bool,
+    seconds: float,
+) -> dict[str, Any]:
+    calls: dict[str, Any] = {
+        "baked": lambda: session.run(None, dict(inputs)),
+        "onnx-refit": lambda: engine.run(inputs),
+    }
+    if peers_too:
+        for name, run in _peers(case, threads).items():
+            with contextlib.suppress(Exception):  # a peer that cannot run this model is left out of its row
+                run(inputs)
+                calls[name] = lambda run=run: run(inputs)
+    ours, theirs = engine.run(inputs), session.run(None, dict(inputs))
+    worst = max(
+        float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max() / (np.abs(b.astype(np.float64)).max() + 1e-30))
+        for a, b in zip(ours.values(), theirs, strict=True)
+    )
+    figures = race(calls, seconds=seconds)
+    return {
+        "seconds": {name: statistics.median(values) for name, values in figures.items()},
+        "over_baked": {name: ratio(figures, name, "baked") for name in figures if name != "baked"},
+        "largest_relative_error": worst,
+    }
+
+
+def _peers(case: Case, threads: int) -> dict[str, peers.Run]:
+    found: dict[str, peers.Run] = {}
+    with contextlib.suppress(Exception):
+        found["OpenVINO f32"] = peers.openvino(case.model, threads, "f32")
+    with contextlib.suppress(Exception):
+        found["OpenVINO bf16"] = peers.openvino(case.model, threads, "bf16")
+    if case.module is not None:
+        found["PyTorch"] = peers.torch_eager(case.module, threads)
+        found["torch.compile"] = peers.torch_compiled(case.module, threads)
+    return found
+
+
+def _refit(case: Case, engine: onnx_refit.Engine, inputs: Mapping[str, Array], bake: float) -> dict[str, Any]:
+    """New arrays in RAM to the first inference that uses them, minus that inference."""
+    sets = [other_weights(engine, seed) for seed in (1, 2)]
+    copies = copy_seconds(sets[0])
+    first: list[float] = []
+    full: list[float] = []
+    plain: list[float] = []
+    for turn in range(14):
+        report = None
+        started = time.perf_counter()
+        report = engine.refit(sets[turn % 2])
+        engine.run(inputs)
+        answered = time.perf_counter() - started
+        report.full_speed.wait()
+        engine.run(inputs)
+        at_full = time.perf_counter() - started
+        again = statistics.median(once(lambda: engine.run(inputs)) for _ in range(3))
+        copy = copy_seconds(sets[turn % 2], 3)
+        if turn >= 4:  # the first refits touch fresh memory
+            first.append(max(0.0, answered - again) / copy)
+            full.append(max(0.0, at_full - 2 * again) / copy if case.recurrent else max(0.0, answered - again) / copy)
+            plain.append(answered - again)
+    names = sorted(engine.refittable)
+    few = names[:: max(1, len(names) // max(1, len(names) // 100))][: max(1, len(names) // 100)]
+    partial: list[float] = []
+    for turn in range(14):
+        given = {name: sets[turn % 2][name] for name in few}
+        started = time.perf_counter()
+        engine.refit(given, partial=True)
+        partial.append(time.perf_counter() - started)
+    whole = statistics.median(plain)
+    return {
+        "copy_seconds": copies,
+        "seconds": whole,
+        "over_copy": statistics.median(first),
+        "full_speed_over_copy": statistics.median(full),
+        "rebuild_over_refit": bake / whole,
+        "partial": {
+            "tensors": len(few),
+            "bytes": sum(sets[0][name].nbytes for name in few),
+            "seconds": statistics.median(partial[4:]),
+            "over_full": statistics.median(partial[4:]) / whole,
+        },
+    }
+
+
+def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = 5.0) -> dict[str, float]:
+    """P99 of a client alone, and while somebody refits every 50 ms."""
+    sets = [other_weights(engine, seed) for seed in (3, 4)]
+
+    def client(stop: float) -> list[float]:
+        found = []
+        while time.perf_counter() < stop:
+            found.append(once(lambda: engine.run(inputs)))
+        return found
+
+    client(time.perf_counter() + 0.5)
+    idle = client(time.perf_counter() + seconds)
+    done = threading.Event()
+    count = 0
+
+    def refits() -> None:
+        nonlocal count
+        while not done.is_set():
+            began = time.perf_counter()
+            engine.refit(sets[count % 2])
+            count += 1
+            done.wait(max(0.0, 0.05 - (time.perf_counter() - began)))
+
+    thread = threading.Thread(target=refits)
+    thread.start()
+    busy = client(time.perf_counter() + seconds)
+    done.set()
+    thread.join()
+    p99 = {"idle_p99_seconds": float(np.quantile(idle, 0.99)), "refit_p99_seconds": float(np.quantile(busy, 0.99))}
+    medians = {"idle_p50_seconds": float(np.median(idle)), "refit_p50_seconds": float(np.median(busy))}
+    return {
+        **p99,
+        **medians,
+        "p99_over_idle": p99["refit_p99_seconds"] / p99["idle_p99_seconds"],
+        "refits": float(count),
+    }

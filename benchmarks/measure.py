@@ -1,0 +1,104 @@
+"""Timing: paired, interleaved, medians; and the machine described."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from onnx_refit.tensors import Array
+
+Clock = Callable[[], float]
+
+
+def once(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def race(calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, seed: int = 0) -> dict[str, list[float]]:
+    """Time several calls in turn, in a new random order each round.
+
+    Each round gives one figure a call: the median of a few repetitions. So a figure of one call has a partner of every
+    other call, taken within the same fraction of a second: their ratio does not see the machine's slow drift.
+    """
+    for call in calls.values():
+        call()
+        call()
+    each = sum(once(call) for call in calls.values()) / len(calls)
+    repeats = max(3, min(30, int(0.03 / max(each, 1e-9))))
+    rounds = max(9, min(61, int(seconds / max(1e-9, each * (repeats + 1) * len(calls)))))
+    order = list(calls)
+    rng = np.random.default_rng(seed)
+    figures: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            rng.shuffle(order)
+            for name in order:
+                call = calls[name]
+                call()  # each call warms its own caches again after its rivals
+                figures[name].append(statistics.median(once(call) for _ in range(repeats)))
+    finally:
+        gc.enable()
+    return figures
+
+
+def ratio(figures: Mapping[str, Sequence[float]], one: str, other: str) -> float:
+    """Median over rounds of one call's figure over the other's."""
+    return statistics.median(a / b for a, b in zip(figures[one], figures[other], strict=True))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def copy_seconds(weights: Mapping[str, Array], repeats: int = 9) -> float:
+    """Median seconds of ``numpy.copyto`` of all arrays into existing ones, one thread: the physical limit."""
+    targets = {name: np.empty_like(array) for name, array in weights.items()}
+
+    def copy() -> None:
+        for name, array in weights.items():
+            np.copyto(targets[name], array)
+
+    copy()
+    return statistics.median(once(copy) for _ in range(repeats))
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on."""
+    model = ""
+    cpu = Path("/proc/cpuinfo")
+    flags: set[str] = set()
+    if cpu.exists():
+        for line in cpu.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            if key.strip() == "flags":
+                flags = set(value.split())
+    packages = {}
+    for name in ("onnx-refit", "onnxruntime", "onnx", "numpy", "openvino", "torch"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "vector": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags],
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": packages,
+    }
