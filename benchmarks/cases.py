@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks import networks
-from onnx_refit.samples.bidaf.bundle import bundled_prepared_model, example_inputs
+from onnx_refit.model.prepare import prepare
+from onnx_refit.samples.bidaf.bundle import bundled_model
 from onnx_refit.tensors import Array
 
 
@@ -111,9 +112,25 @@ def gru() -> Case:
 
 
 def bidaf() -> Case:
-    """The bundled BiDAF, prepared."""
-    inputs = {f"T={tokens}": example_inputs(tokens, 10) for tokens in (10, 200)}
-    return Case("BiDAF", bundled_prepared_model(), inputs, recurrent=True)
+    """The bundled BiDAF, prepared; random words."""
+    model = prepare(bundled_model()).model
+    inputs = {f"T={length}": _words(model, length, 10) for length in (10, 200)}
+    return Case("BiDAF", model, inputs, recurrent=True)
+
+
+def _words(model: onnx.ModelProto, context: int, query: int) -> dict[str, Array]:
+    """Word and character ids for every input: those of the context have its length, the others the query's."""
+    rng = np.random.default_rng(0)
+    names = [value.name for value in model.graph.input]
+    lengths: dict[str, int] = {}
+    for value in model.graph.input:
+        dimension = value.type.tensor_type.shape.dim[0].dim_param
+        lengths[value.name] = context if dimension in {"c", "context"} else query
+    made = {}
+    for name in names:
+        shape = [d.dim_value or lengths[name] for d in model.graph.input[names.index(name)].type.tensor_type.shape.dim]
+        made[name] = rng.integers(1, 50 if len(shape) == 4 else 5000, shape).astype(np.int32)
+    return made
 
 
 CASES: Mapping[str, Callable[[], Case]] = {

@@ -40,11 +40,11 @@ def measure(model: onnx.ModelProto) -> dict[str, Any]:
     plan = onnx_refit.build(model)
     with onnx_refit.load(plan) as engine:
         rng = np.random.default_rng(1)
-        sets: list[dict[str, Array]] = []
-        for _ in range(2):
-            sets.append(
-                {n: rng.standard_normal(s.static_shape, dtype=np.float32) for n, s in engine.refittable.items()}
-            )
+        specs = engine.refittable
+        sets: list[dict[str, Array]] = [
+            {name: rng.standard_normal(spec.static_shape, dtype=np.float32) for name, spec in specs.items()}
+            for _ in range(2)
+        ]
         figures = [once(lambda turn=turn: engine.refit(sets[turn % 2])) for turn in range(9)]
     return {
         "bytes": plan.weight_bytes,
