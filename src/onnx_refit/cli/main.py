@@ -15,6 +15,7 @@ from onnx_refit.cli.plans import build_command, inspect_command, prepare_command
 from onnx_refit.cli.running import bench_command, run_command
 from onnx_refit.cli.weights import check_command, refit_command
 from onnx_refit.errors import OnnxRefitError
+from onnx_refit.samples.bidaf.cli import bidaf
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -32,6 +33,7 @@ for command in (
     refit_command,
     run_command,
     bench_command,
+    bidaf,
 ):
     cli.add_command(command)
 
