@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import ml_dtypes
 import numpy as np
@@ -88,29 +89,28 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str | None, ...] | None
 
-    @property
+    # Cached: a refit asks these of every tensor, several times.
+    @cached_property
     def is_static(self) -> bool:
         """Whether every dimension is a number."""
         return self.shape is not None and all(isinstance(d, int) for d in self.shape)
 
-    @property
-    def size(self) -> int:
-        """Number of elements; ModelError unless the shape is static."""
-        if self.shape is None or not self.is_static:
-            raise ModelError("the shape is not static", where=self.name)
-        return math.prod(d for d in self.shape if isinstance(d, int))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor; ModelError unless the shape is static."""
-        return self.size * numpy_dtype(self.dtype).itemsize
-
-    @property
+    @cached_property
     def static_shape(self) -> tuple[int, ...]:
         """The shape as plain ints; ModelError unless it is static."""
         if self.shape is None or not self.is_static:
             raise ModelError("the shape is not static", where=self.name)
         return tuple(d for d in self.shape if isinstance(d, int))
+
+    @cached_property
+    def size(self) -> int:
+        """Number of elements; ModelError unless the shape is static."""
+        return math.prod(self.static_shape)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor; ModelError unless the shape is static."""
+        return self.size * numpy_dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
         dims = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
