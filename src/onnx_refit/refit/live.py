@@ -321,6 +321,16 @@ class Engine:
             full_speed=target.weights.full_speed,
         )
 
+    def forget(self, version: int) -> None:
+        """Free an earlier version; inferences that run with it finish.
+
+        Raises:
+            VersionError: it is not held, or it is the current one.
+        """
+        with self._lock:
+            self._require_open()
+            self._versions.forget(version)
+
     # ------------------------------------------------------------------ end
 
     def close(self) -> None:

@@ -101,6 +101,14 @@ class VersionTable:
             hint="Load the engine with a larger keep to hold more versions" if number in self._infos else None,
         )
 
+    def forget(self, number: int) -> None:
+        """Hold a version no longer; VersionError if it is not held or answers now."""
+        self.get(number)
+        if number == self.current.number:
+            raise VersionError(f"version {number} is the current one", hint="Roll back to another one first")
+        self._order.remove(number)
+        del self._held[number]
+
     def previous(self) -> Version:
         """The held version published last before the current one; VersionError if there is none."""
         earlier = [n for n in self._order if n != self.current.number]
