@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -227,3 +229,31 @@ def engine_spec(compiled: CompiledModel, name: str) -> TensorSpec:
 def reasons(compiled: CompiledModel, verdict: Verdict) -> dict[str, str]:
     """Subject -> action and reason of the decisions with this verdict (the last of each subject)."""
     return {d.subject: f"{d.action}: {d.reason}" for d in compiled.decisions if d.verdict is verdict}
+
+
+def optimiser_leftovers(compiled: CompiledModel, seed: int = 5) -> list[str]:
+    """Initializers of the graph that ONNX Runtime's own optimiser makes whose values it computed from weights.
+
+    The optimiser may rearrange engine weights, never calculate with them: every value of the result must be one of
+    the values it was given.
+    """
+    derived = evaluate(compiled.program, random_weights(compiled, seed))
+    baked = ModelProto()
+    baked.CopyFrom(compiled.activation)
+    kept = [v for v in baked.graph.input if v.name not in derived]
+    del baked.graph.input[:]
+    baked.graph.input.extend(kept)
+    baked.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in derived.items())
+    given = [numpy_helper.to_array(t).reshape(-1) for t in baked.graph.initializer]
+    known = np.unique(np.concatenate([np.zeros(1), *(a.astype(np.float64) for a in given if a.dtype.kind in "fiu")]))
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        ort.InferenceSession(baked.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath)
+    return [
+        tensor.name
+        for tensor in optimised.graph.initializer
+        if not np.isin(numpy_helper.to_array(tensor).astype(np.float64), known).all()
+    ]

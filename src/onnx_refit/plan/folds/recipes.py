@@ -41,6 +41,8 @@ class Recipes:
         """The value in another shape; itself where it has it already."""
         if self.program.shape(value) == tuple(shape):
             return value
+        if value in self.program.constants:
+            return self.constant(self.program.constants[value].reshape(tuple(shape)), value)
         return self.program.add(
             "Reshape", [value, self.constant(np.array(shape, np.int64), "shape")], f"{value}_shaped"
         )
@@ -53,6 +55,8 @@ class Recipes:
         """The value in another dtype; itself where it has it already."""
         if self.program.dtype(value) == dtype:
             return value
+        if value in self.program.constants:
+            return self.constant(self.program.constants[value].astype(numpy_dtype(dtype)), value)
         return self.program.add("Cast", [value], f"{value}_{dtype}", to=onnx_dtype(dtype))
 
     def wide(self, value: str) -> str:
