@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -132,11 +133,10 @@ def test_a_version_that_lies_nowhere_any_more_is_refitted_again(world: World, ba
 
 def test_the_set_that_answers_stays_where_it_is(world: World, backend: TensorRtBackend) -> None:
     live = backend.derive(world.weights)
-    for seed in range(4):
-        backend.derive(world.other(seed), live)
+    staged = [backend.derive(world.other(seed), live) for seed in range(4)]
     refits = world.control.refits
     assert close_to(backend, live, answer(world.weights))
-    assert world.control.refits == refits
+    assert world.control.refits == refits == 1 + len(staged)
 
 
 def test_a_partial_set_shares_what_did_not_change_and_gives_tensorrt_everything(
@@ -158,9 +158,9 @@ def test_sets_do_not_read_the_callers_arrays_later(world: World, backend: Tensor
     weights = backend.derive(values)
     for array in values.values():
         array[...] = 7
-    for seed in range(2, 5):
-        backend.derive(world.other(seed))
+    pushed_out_by = [backend.derive(world.other(seed)) for seed in range(2, 5)]
     assert close_to(backend, weights, wanted)
+    assert world.control.refits == 2 + len(pushed_out_by)
 
 
 def test_weights_on_the_device_stay_there(world: World, backend: TensorRtBackend) -> None:
@@ -258,3 +258,12 @@ def test_a_closed_engine_says_so(world: World, backend: TensorRtBackend) -> None
 def test_without_weights_there_is_nothing_to_build(world: World) -> None:
     with pytest.raises(EngineError, match="needs the weights"):
         create(world.compiled, None, world.options, bindings=world.bindings, device=world.device)
+
+
+def test_kernel_timings_are_kept_and_damaged_ones_are_not_trusted(tmp_path: Path) -> None:
+    cache = tmp_path / "timings"
+    World(timing_cache=cache).create()
+    assert cache.read_bytes() == b"timings"
+    cache.write_bytes(b"of another GPU")
+    World(timing_cache=cache).create()
+    assert cache.read_bytes() == b"timings"

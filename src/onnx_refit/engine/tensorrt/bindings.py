@@ -29,6 +29,7 @@ _DATA_TYPES = {
 }
 
 _log = logging.getLogger("onnx_refit.tensorrt")
+_log.addHandler(logging.NullHandler())  # silent unless the application wants it
 
 
 @dataclass(frozen=True)

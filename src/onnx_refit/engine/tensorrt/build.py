@@ -62,7 +62,8 @@ def build_plan(
     if target is not None:
         _set_target(bindings, config, target)
     _add_profile(parsed, config, profile)
-    cache = _timing_cache(config, options.timing_cache)
+    # TensorRT-RTX compiles its kernels where it runs and keeps no timings (deprecated there since 1.2).
+    cache = None if bindings.is_rtx else _timing_cache(config, options.timing_cache)
     plan = parsed.builder.build_serialized_network(parsed.network, config)
     if plan is None:
         raise EngineError(f"TensorRT could not build the network: {last_errors(logger)}")

@@ -31,7 +31,8 @@ class TensorRtOptions:
         dimensions: dimension name -> smallest, usual and largest size, for inputs not in ``shapes``.
         fallback: smallest, usual and largest size of a dynamic dimension that nothing else says.
         workspace: bytes of GPU memory that the builder may use for a layer; None leaves TensorRT's default.
-        timing_cache: file to read kernel timings from and to write them back to; None keeps none.
+        timing_cache: file to read kernel timings from and to write them back to; None keeps none. TensorRT-RTX
+            has none: it compiles its kernels where it runs.
         strip: leave the refittable weights out of the plan (they come by the first refit in any case).
         tf32: let float32 products round their inputs to TF32.
         version_compatible: ask for a plan that later versions of the same package can run too.
