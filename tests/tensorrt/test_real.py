@@ -77,7 +77,7 @@ def test_the_fake_has_only_what_the_real_bindings_have_with_that_signature(bindi
     """What the adapter calls is what the fake has (the transaction tests fail otherwise): so this checks both."""
     fake, real = getattr(fake_bindings(Control()).module, name), getattr(bindings.module, name)
     for method, function in vars(fake).items():
-        if method.startswith("_") and method != "__init__" or method == "infer":
+        if (method.startswith("_") and method != "__init__") or method == "infer":
             continue
         if not inspect.isfunction(function):
             assert hasattr(real, method), f"{name} has no {method}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from onnx_refit.engine.protocol import Backend
+from onnx_refit.engine.tensorrt.options import TensorRtOptions
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.tensors import Array
@@ -19,9 +20,11 @@ class EngineOptions:
 
     Attributes:
         threads: threads one inference and one refit may use; 0 means one a physical core.
+        tensorrt: what only the engine ``"tensorrt"`` has; None takes its defaults.
     """
 
     threads: int = 0
+    tensorrt: TensorRtOptions | None = None
 
 
 def _onnxruntime(
@@ -34,10 +37,19 @@ def _onnxruntime(
     return backend, backend.artefact()
 
 
+def _tensorrt(
+    compiled: CompiledModel, weights: Mapping[str, Array] | None, options: EngineOptions, artefact: bytes | None
+) -> tuple[Backend, bytes | None]:
+    from onnx_refit.engine.tensorrt.backend import create
+
+    backend = create(compiled, weights, options.tensorrt or TensorRtOptions(), artefact)
+    return backend, backend.artefact()
+
+
 _Factory = Callable[
     [CompiledModel, Mapping[str, Array] | None, EngineOptions, bytes | None], tuple[Backend, bytes | None]
 ]
-_FACTORIES: dict[str, _Factory] = {"onnxruntime": _onnxruntime}
+_FACTORIES: dict[str, _Factory] = {"onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
 
 
 def engine_names() -> tuple[str, ...]:
