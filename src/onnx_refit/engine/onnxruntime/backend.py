@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
-from onnx_refit.engine.onnxruntime.native import make_session, session_options
+from onnx_refit.engine.onnxruntime.derive import Deriver
+from onnx_refit.engine.onnxruntime.native import make_session, session_options, usable_cores
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
-from onnx_refit.engine.onnxruntime.program import ProgramRunner
+from onnx_refit.engine.onnxruntime.recover import Recoverer
+from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
 from onnx_refit.engine.onnxruntime.weightset import AtFullSpeed, OnnxRuntimeWeightSet
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision
-from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
 
 def create(
@@ -32,19 +35,23 @@ def create(
     Raises:
         EngineError: ONNX Runtime cannot run the model.
     """
-    return OnnxRuntimeBackend(compiled, options)
+    return OnnxRuntimeBackend(compiled, specialise(compiled, options), options)
 
 
 class OnnxRuntimeBackend:
     """A compiled model on this host's processor. Thread-safe; make one with ``create``."""
 
-    def __init__(self, compiled: CompiledModel, options: OnnxRuntimeOptions) -> None:
+    def __init__(self, compiled: CompiledModel, specialised: Specialised, options: OnnxRuntimeOptions) -> None:
         self._compiled = compiled
-        self._decisions: tuple[Decision, ...] = ()
-        self._specs = {spec.name: spec for spec in compiled.engine_weights}
-        self._pool = BufferPool()
-        self._program = ProgramRunner(compiled, options.threads)
-        self._session = make_session(compiled.activation, session_options(options.threads))
+        self._specialised = specialised
+        sources = {source.spec.name: source.spec for source in compiled.sources}
+        self._specs = {name: recipe.spec for name, recipe in specialised.buffers.items()}
+        self._pool = BufferPool(self._specs.values())
+        itemsizes = {name: numpy_dtype(spec.dtype).itemsize for name, spec in sources.items()}
+        threads = options.threads or usable_cores()
+        self._deriver = Deriver(specialised, compiled.program.model, itemsizes, block_size(), threads)
+        self._recoverer = Recoverer(specialised, sources)
+        self._session = make_session(specialised.model, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)
         self._closed = False
 
@@ -66,7 +73,7 @@ class OnnxRuntimeBackend:
     @property
     def decisions(self) -> Sequence[Decision]:
         """What specialising for this host decided, with reasons."""
-        return self._decisions
+        return self._specialised.decisions
 
     def artefact(self) -> bytes | None:
         """The host specialisation, to give to ``create`` again on the same host; None where there is none."""
@@ -75,21 +82,18 @@ class OnnxRuntimeBackend:
     def required(self, changed: frozenset[str]) -> frozenset[str]:
         """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
         needed: set[str] = set()
-        for name in self._program.affected(changed):
-            needed |= self._program.sources_of(name)
+        for name in self._deriver.affected(changed):
+            needed |= self._deriver.sources_of(name)
         return frozenset(needed)
 
     @property
     def recoverable(self) -> frozenset[str]:
         """Source weights that ``recover`` gives back bit for bit."""
-        return frozenset(self._compiled.program.passthrough.values())
+        return self._recoverer.names
 
     def recover(self, weights: WeightSet, name: str) -> Array:
-        """A source weight read back from a weight set (a copy); EngineError for one that is not recoverable."""
-        for engine_name, source in self._compiled.program.passthrough.items():
-            if source == name:
-                return _own(weights).buffers[engine_name].array.copy()
-        raise EngineError("the engine's weights do not hold this source weight bit for bit", where=name)
+        """A source weight read back from a weight set (a new array); EngineError where it is not recoverable."""
+        return self._recoverer.recover(name, {key: b.array for key, b in _own(weights).buffers.items()})
 
     def derive(
         self,
@@ -99,10 +103,14 @@ class OnnxRuntimeBackend:
     ) -> OnnxRuntimeWeightSet:
         """A new weight set from source weights; see ``Backend.derive``."""
         self._check_open()
-        held: dict[str, Buffer] = {} if base is None or changed is None else dict(_own(base).buffers)
-        renew = list(self._specs) if not held else sorted(self._program.affected(changed or frozenset()))
-        fresh = {name: self._pool.take(self._specs[name]) for name in renew}
-        self._program.run(sources, fresh)
+        held: dict[str, Buffer] = {}
+        renew = frozenset(self._specs)
+        if base is not None and changed is not None:
+            held = dict(_own(base).buffers)
+            renew = self._deriver.affected(changed)
+        self._pool.touch()
+        fresh = {name: self._pool.take(self._specs[name]) for name in self._specs if name in renew}
+        self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()})
         shared = sum(buffer.spec.nbytes for name, buffer in held.items() if name not in fresh)
         return OnnxRuntimeWeightSet({**held, **fresh}, shared, self._session, self._outputs, AtFullSpeed())
 
@@ -115,9 +123,10 @@ class OnnxRuntimeBackend:
         return results if outputs is None else {name: results[name] for name in outputs}
 
     def close(self) -> None:
-        """Free the spare buffers; running afterwards raises EngineError."""
+        """End the threads and free the spare buffers; running afterwards raises EngineError."""
         self._closed = True
-        self._pool.clear()
+        self._deriver.close()
+        self._pool.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,10 +1,11 @@
-"""Memory of weight sets: aligned buffers, given back when the last weight set that uses them dies."""
+"""Memory of weight sets: aligned storage, given back when the last weight set that uses it dies."""
 
 from __future__ import annotations
 
-import math
 import threading
+import time
 import weakref
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,60 +13,133 @@ from onnx_refit.engine.onnxruntime.native import Value, wrap
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
 _ALIGNMENT = 64
+_SPARE_SECONDS = 3.0
 
 
-class Buffer:
-    """One engine weight in memory: never written again once its weight set exists.
+class Storage:
+    """Aligned memory for one engine weight, with what is made once for it.
 
     Attributes:
         spec: name, dtype and shape.
         array: the array, aligned to 64 bytes.
-        value: an OrtValue over that array.
+        flat: the same elements, flat.
+        value: an OrtValue over the array.
+        views: the array seen as each piece of its recipe wants it (the deriver fills this).
     """
 
-    __slots__ = ("__weakref__", "array", "spec", "value")
+    __slots__ = ("array", "flat", "spec", "value", "views")
 
-    def __init__(self, spec: TensorSpec, storage: Array) -> None:
+    def __init__(self, spec: TensorSpec) -> None:
+        dtype = numpy_dtype(spec.dtype)
+        nbytes = spec.nbytes
+        raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
         self.spec = spec
-        dtype, shape = numpy_dtype(spec.dtype), spec.static_shape
-        self.array: Array = np.ndarray(shape, dtype, buffer=storage)
+        self.flat: Array = raw[start : start + nbytes].view(dtype)
+        self.array: Array = self.flat.reshape(spec.static_shape)
         self.value: Value = wrap(self.array)
+        self.views: tuple[Array, ...] | None = None
 
 
-def _allocate(nbytes: int) -> Array:
-    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes]
+class Buffer:
+    """One engine weight of living weight sets: never written again once the first of them exists."""
+
+    __slots__ = ("__weakref__", "_pool", "storage")
+
+    def __init__(self, storage: Storage, pool: BufferPool) -> None:
+        self.storage = storage
+        self._pool = pool
+
+    @property
+    def array(self) -> Array:
+        """The engine weight."""
+        return self.storage.array
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Its name, dtype and shape."""
+        return self.storage.spec
+
+    def __del__(self) -> None:
+        # Runs when the last weight set that uses it is gone, in any thread: no lock may be taken here.
+        self._pool.give_back(self.storage)
 
 
 class BufferPool:
-    """Gives buffers and takes back those of dead weight sets, so that a refit touches no fresh memory.
+    """Gives buffers, and takes back those of dead weight sets so that the next refit touches no fresh memory.
 
-    A fresh page costs about as much as copying it twice. The pool keeps at most one spare buffer an engine weight
-    (together: one spare set). Thread-safe.
+    A fresh page costs about as much as copying it twice, so a refit soon after another one reuses what the dead set
+    left: at most one spare storage an engine weight. Spare memory that nobody took for a few seconds is freed.
+    Thread-safe without locks: the lists change by atomic operations only.
+
+    Args:
+        specs: every engine weight there will be.
     """
 
-    def __init__(self) -> None:
-        self._spare: dict[str, Array] = {}
-        self._lock = threading.Lock()
+    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+        self._spare: dict[str, list[Storage]] = {spec.name: [] for spec in specs}
+        self._keep = True
+        self._used = threading.Event()
+        self._deadline = 0.0
+        self._janitor: threading.Thread | None = None
 
     def take(self, spec: TensorSpec) -> Buffer:
-        """A buffer for this engine weight; its bytes are zero or those of an older value of the same weight."""
-        with self._lock:
-            storage = self._spare.pop(spec.name, None)
-        if storage is None:
-            itemsize = numpy_dtype(spec.dtype).itemsize
-            storage = _allocate(math.prod(spec.static_shape) * itemsize)
-        buffer = Buffer(spec, storage)
-        # The finaliser holds the storage, not the buffer: it runs once nobody holds the buffer any more.
-        weakref.finalize(buffer, self._give_back, spec.name, storage).atexit = False
-        return buffer
+        """A buffer for this engine weight; its elements are zero or an older value of the same weight."""
+        try:
+            storage = self._spare[spec.name].pop()
+        except IndexError:
+            storage = Storage(spec)
+        return Buffer(storage, self)
 
-    def _give_back(self, name: str, storage: Array) -> None:
-        with self._lock:
-            self._spare.setdefault(name, storage)
+    def give_back(self, storage: Storage) -> None:
+        """Take back the storage of a dead buffer."""
+        spare = self._spare[storage.spec.name]
+        if self._keep and not spare:
+            spare.append(storage)
+
+    def touch(self) -> None:
+        """Note that buffers were taken: spare ones are kept for a few seconds from now."""
+        self._deadline = time.monotonic() + _SPARE_SECONDS
+        if self._janitor is None:
+            self._janitor = threading.Thread(
+                target=_clean, args=(weakref.ref(self), self._used), name="onnx-refit-spare", daemon=True
+            )
+            self._janitor.start()
+        self._used.set()
+
+    def seconds_left(self) -> float:
+        """Until spare storage is freed."""
+        return self._deadline - time.monotonic()
 
     def clear(self) -> None:
-        """Forget every spare buffer."""
-        with self._lock:
-            self._spare.clear()
+        """Free every spare storage."""
+        for spare in self._spare.values():
+            spare.clear()
+
+    def close(self) -> None:
+        """Free every spare storage, now and from now on."""
+        self._keep = False
+        self.clear()
+        self._deadline = 0.0
+        self._used.set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return not self._keep
+
+
+def _clean(reference: weakref.ref[BufferPool], used: threading.Event) -> None:
+    """Free a pool's spare storage some time after its last use, as long as the pool lives."""
+    while True:
+        used.wait(timeout=60.0)
+        pool = reference()
+        if pool is None or pool.closed:
+            return
+        if used.is_set() and (left := pool.seconds_left()) > 0:
+            del pool
+            time.sleep(left)
+            continue
+        used.clear()
+        pool.clear()
+        del pool

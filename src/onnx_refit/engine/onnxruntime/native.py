@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,13 @@ def unwrap(value: Value) -> Array:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def session_options(threads: int, *, optimise: bool = False, spinning: bool = True) -> ort.SessionOptions:
     """Session options of this engine: everything of ONNX Runtime's optimiser, or nothing."""
     options = ort.SessionOptions()
@@ -94,6 +102,10 @@ class Binding:
         self._outputs = tuple(outputs)
         for name, value in values.items():
             self._io.bind_ortvalue_input(name, value)
+
+    def keep(self, owners: object) -> None:
+        """Keep the owners of bound memory alive as long as this binding."""
+        self._owners = owners
 
     def run(self, inputs: Iterable[tuple[str, Array]]) -> list[Array]:
         """Run with these further inputs; outputs in the order given at construction."""

@@ -1,86 +1,112 @@
-"""Runs a refit program: source weights in, engine weights out, written into buffers that are already there."""
+"""Computes the values of a refit program that are more than rearrangements, with ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from threading import Lock
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import onnx
 
-from onnx_refit.engine.onnxruntime.buffers import Buffer
-from onnx_refit.engine.onnxruntime.native import Binding, make_session, session_options, wrap
+from onnx_refit.engine.onnxruntime.native import Binding, make_session, session_options
 from onnx_refit.errors import EngineError
 from onnx_refit.model.graph import reads
-from onnx_refit.plan.compiled import CompiledModel
-from onnx_refit.tensors import Array
-
-_SESSIONS_KEPT = 32
+from onnx_refit.tensors import Array, TensorSpec, value_info_of
 
 
-class ProgramRunner:
-    """The refit program of a compiled model, run by ONNX Runtime. Thread-safe."""
+class Program:
+    """The computed part of a refit program. Thread-safe.
 
-    def __init__(self, compiled: CompiledModel, threads: int) -> None:
-        self._model = compiled.program.model
-        self._passthrough = compiled.program.passthrough
-        self._sources = {
-            **{name: frozenset({source}) for name, source in compiled.program.passthrough.items()},
-            **compiled.program.dependencies,
-        }
+    The values are grouped by what they share: a change of few sources computes few groups, one session each, made when
+    first needed; a change of all runs one session for all.
+
+    Args:
+        model: the refit program's graph, or None where nothing is computed.
+        values: the values of it that are wanted, with their specs.
+        threads: threads of its sessions.
+    """
+
+    def __init__(self, model: onnx.ModelProto | None, values: Mapping[str, TensorSpec], threads: int) -> None:
+        self._model = model
+        self._values = values
         self._threads = threads
-        self._sessions: OrderedDict[frozenset[str], tuple[Binding, tuple[str, ...]]] = OrderedDict()
-        self._lock = Lock()
+        self._lock = threading.Lock()
+        self._sessions: dict[frozenset[str], tuple[Binding, tuple[str, ...], tuple[str, ...]]] = {}
+        self._inputs: dict[str, frozenset[str]] = {}
+        self._groups: dict[str, frozenset[str]] = {}
+        if model is not None and values:
+            self._sort(model)
 
-    def sources_of(self, engine_weight: str) -> frozenset[str]:
-        """The source weights that an engine weight is computed from."""
-        return self._sources[engine_weight]
+    def sources_of(self, value: str) -> frozenset[str]:
+        """The source weights that a value is computed from."""
+        return self._inputs[value]
 
-    def affected(self, changed: frozenset[str]) -> frozenset[str]:
-        """The engine weights that read one of these source weights."""
-        return frozenset(name for name, sources in self._sources.items() if sources & changed)
+    def compute(self, wanted: Iterable[str], sources: Mapping[str, Array]) -> dict[str, Array]:
+        """Values by name (at least the wanted ones).
 
-    def run(self, sources: Mapping[str, Array], targets: Mapping[str, Buffer]) -> None:
-        """Compute these engine weights into their buffers; EngineError where a computation fails."""
-        computed = []
-        for name, buffer in targets.items():
-            source = self._passthrough.get(name)
-            if source is None:
-                computed.append(name)
-            else:
-                np.copyto(buffer.array, sources[source])
-        if computed:
-            with self._lock:
-                binding, inputs = self._session(computed)
+        Raises:
+            EngineError: ONNX Runtime fails, or a source is missing.
+        """
+        names = frozenset(wanted)
+        if not names:
+            return {}
+        every = frozenset(self._values)
+        groups = {every} if names == every else {self._groups[name] for name in names}
+        results: dict[str, Array] = {}
+        with self._lock:
+            for group in groups:
+                binding, inputs, outputs = self._session(group)
                 try:
-                    binding.run_into(
-                        ((name, wrap(np.ascontiguousarray(sources[name]))) for name in inputs),
-                        ((name, targets[name].value) for name in computed),
-                    )
+                    made = binding.run((name, sources[name]) for name in inputs)
                 except Exception as error:  # onnxruntime raises a dozen unrelated classes
-                    raise EngineError(f"deriving engine weights failed: {error}") from error
+                    raise EngineError(f"computing engine weights failed: {error}") from error
+                results.update(zip(outputs, made, strict=True))
+        return results
 
-    def _session(self, outputs: Iterable[str]) -> tuple[Binding, tuple[str, ...]]:
-        key = frozenset(outputs)
-        found = self._sessions.get(key)
+    def _session(self, group: frozenset[str]) -> tuple[Binding, tuple[str, ...], tuple[str, ...]]:
+        found = self._sessions.get(group)
         if found is None:
-            if self._model is None:
-                raise EngineError("the refit program computes nothing", where=", ".join(sorted(key)))
-            model = restricted(self._model, key)
-            session = make_session(model, session_options(self._threads))
-            found = Binding(session, {}, ()), tuple(value.name for value in model.graph.input)
-            self._sessions[key] = found
-            while len(self._sessions) > _SESSIONS_KEPT:
-                self._sessions.popitem(last=False)
-        self._sessions.move_to_end(key)
+            assert self._model is not None
+            model = restricted(self._model, [self._values[name] for name in sorted(group)])
+            session = make_session(model, session_options(self._threads, spinning=False))
+            outputs = tuple(value.name for value in model.graph.output)
+            found = Binding(session, {}, outputs), tuple(v.name for v in model.graph.input), outputs
+            self._sessions[group] = found
         return found
 
+    def _sort(self, model: onnx.ModelProto) -> None:
+        """Find what each value reads, and which values share a node."""
+        needs: dict[str, frozenset[str]] = {}  # value -> the graph inputs it depends on
+        owner: dict[str, str] = {}  # node output -> representative of its group
+        sources = {value.name for value in model.graph.input}
+        constants = {tensor.name for tensor in model.graph.initializer}
 
-def restricted(model: onnx.ModelProto, outputs: frozenset[str]) -> onnx.ModelProto:
-    """The part of a model that computes these of its outputs (top-level graph; sub-graphs read inputs only)."""
+        def find(name: str) -> str:
+            while owner[name] != name:
+                owner[name] = owner[owner[name]]
+                name = owner[name]
+            return name
+
+        for node in model.graph.node:
+            read = [name for name in reads(node) if name not in constants]
+            direct = frozenset(name for name in read if name in sources)
+            depends = direct.union(*(needs.get(name, frozenset()) for name in read))
+            outputs = [name for name in node.output if name]
+            for name in outputs:
+                owner[name] = name
+                needs[name] = depends
+            for name in (*outputs, *(n for n in read if n in owner)):
+                owner[find(name)] = find(outputs[0])
+        members: dict[str, set[str]] = {}
+        for name in self._values:
+            members.setdefault(find(name), set()).add(name)
+        self._inputs = {name: needs[name] for name in self._values}
+        self._groups = {name: frozenset(members[find(name)]) for name in self._values}
+
+
+def restricted(model: onnx.ModelProto, outputs: Sequence[TensorSpec]) -> onnx.ModelProto:
+    """The part of a model that computes these of its values."""
     graph = model.graph
-    live = set(outputs)
+    live = {spec.name for spec in outputs}
     nodes = []
     for node in reversed(graph.node):
         if any(name in live for name in node.output):
@@ -90,7 +116,7 @@ def restricted(model: onnx.ModelProto, outputs: frozenset[str]) -> onnx.ModelPro
         nodes[::-1],
         graph.name,
         [value for value in graph.input if value.name in live],
-        [value for value in graph.output if value.name in outputs],
+        [value_info_of(spec) for spec in outputs],
         [tensor for tensor in graph.initializer if tensor.name in live],
     )
     return onnx.helper.make_model(

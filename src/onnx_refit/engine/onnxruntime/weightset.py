@@ -68,7 +68,7 @@ class OnnxRuntimeWeightSet:
         try:
             binding = self._idle.pop()
         except IndexError:
-            values = {name: buffer.value for name, buffer in self.buffers.items()}
+            values = {name: buffer.storage.value for name, buffer in self.buffers.items()}
             binding = Binding(self._session, values, self._outputs)
         try:
             # Not given back after a failure: what it then holds is unknown.

@@ -1,0 +1,229 @@
+"""Writes engine weights from source weights: every recipe compiled once into copies, products and packings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_refit.engine.onnxruntime.blocked import Packing, packing
+from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.packer import Packer
+from onnx_refit.engine.onnxruntime.program import Program
+from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
+from onnx_refit.errors import EngineError
+from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, evaluate, is_whole
+from onnx_refit.tensors import Array, numpy_dtype
+
+_SPLIT = 1 << 20  # elements; larger pieces are cut so that threads share them
+_PACKED = 1 << 12  # elements; smaller blocked matrices are written by NumPy
+_PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
+
+Tensors = Mapping[str, Array]
+"""Flat tensors by their prefixed names."""
+_Task = tuple[int, Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a piece reads: name, first byte, strides in bytes."""
+
+    name: str
+    offset: int
+    strides: tuple[int, ...]
+
+
+class _Writer:
+    """Writes one engine weight."""
+
+    __slots__ = ("_items", "_pack", "_pieces", "_recipe", "_whole", "size")
+
+    def __init__(self, recipe: Recipe, itemsizes: Mapping[str, int], block: int) -> None:
+        self._recipe = recipe
+        self._whole = is_whole(recipe)
+        self._pieces = [part for piece in recipe.pieces for part in _cut(piece)]
+        self._pack = packing(recipe, block) if recipe.spec.size >= _PACKED else None
+        self._items = [
+            tuple(
+                _Source(
+                    operand.name,
+                    operand.walk.offset * itemsizes[operand.name],
+                    tuple(stride * itemsizes[operand.name] for stride in operand.walk.strides),
+                )
+                for operand in piece.operands
+            )
+            for piece in self._pieces
+        ]
+        self.size = recipe.spec.size
+
+    def tasks(self, tensors: Tensors, storage: Storage, packer: Packer | None) -> Iterable[_Task]:
+        """(elements, what to do) for each independent part of the work."""
+        if self._pack is not None and packer is not None:
+            yield self.size, _packing_task(self._pack, packer, tensors, storage)
+            return
+        if self._whole is not None and self.size <= _SPLIT:
+            yield self.size, _copy_task(storage.flat, tensors[self._whole])
+            return
+        if storage.views is None:
+            storage.views = tuple(along(storage.flat, piece.dims, piece.target) for piece in self._pieces)
+        for piece, view, sources in zip(self._pieces, storage.views, self._items, strict=True):
+            reads = []
+            for source in sources:
+                flat = tensors[source.name]
+                reads.append(np.ndarray(piece.dims, flat.dtype, flat.view(np.uint8), source.offset, source.strides))
+            yield view.size, _copy_task(view, *reads)
+        for gather in self._recipe.gathers:
+            yield 16 * gather.to.size, _gather_task(gather, tensors[gather.source], storage.flat)
+
+
+def _copy_task(target: Array, first: Array, second: Array | None = None) -> Callable[[], None]:
+    if second is not None:
+        return lambda: _multiply(first, second, target)
+    return lambda: np.copyto(target, first, casting="unsafe")
+
+
+def _gather_task(gather: Gather, source: Array, target: Array) -> Callable[[], None]:
+    def take() -> None:
+        target[gather.to] = source[gather.take].astype(target.dtype, copy=False)
+
+    return take
+
+
+def _multiply(first: Array, second: Array, target: Array) -> None:
+    np.multiply(first, second, out=target)
+
+
+def _packing_task(pack: Packing, packer: Packer, tensors: Tensors, storage: Storage) -> Callable[[], None]:
+    return lambda: packer.pack(pack, tensors[pack.source], storage.flat)
+
+
+def _cut(piece: Piece) -> list[Piece]:
+    """The piece in parts of about ``_SPLIT`` elements, along its first dimension."""
+    size = math.prod(piece.dims)
+    if size <= _SPLIT or piece.dims[0] < 2:
+        return [piece]
+    step = max(1, piece.dims[0] * _SPLIT // size)
+    parts = []
+    for begin in range(0, piece.dims[0], step):
+        dims = (min(step, piece.dims[0] - begin), *piece.dims[1:])
+
+        def moved(walk: Walk, begin: int = begin) -> Walk:
+            return Walk(walk.offset + begin * walk.strides[0], walk.strides)
+
+        operands = tuple(type(o)(o.name, moved(o.walk)) for o in piece.operands)
+        parts.append(Piece(dims, moved(piece.target), operands))
+    return parts
+
+
+class Deriver:
+    """Derives engine weights. Thread-safe.
+
+    Args:
+        specialised: the recipes.
+        program: the refit program's graph.
+        itemsizes: bytes of an element of each source weight.
+        block: the host's block size.
+        threads: threads to write with.
+    """
+
+    def __init__(
+        self,
+        specialised: Specialised,
+        program: onnx.ModelProto | None,
+        itemsizes: Mapping[str, int],
+        block: int,
+        threads: int,
+    ) -> None:
+        self._staged = specialised.staged
+        self._program = Program(program, specialised.computed, threads)
+        sizes = {SOURCE + name: size for name, size in itemsizes.items()}
+        sizes.update((COMPUTED + n, numpy_dtype(s.dtype).itemsize) for n, s in specialised.computed.items())
+        sizes.update((n, numpy_dtype(r.spec.dtype).itemsize) for n, r in specialised.staged.items())
+        self._writers = {name: _Writer(recipe, sizes, block) for name, recipe in specialised.buffers.items()}
+        self._packer = Packer(block) if block > 1 else None
+        self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
+        self._sources = {name: self._only_sources(reads) for name, reads in self._reads.items()}
+        self._readers: dict[str, set[str]] = {}
+        for name, sources in self._sources.items():
+            for source in sources:
+                self._readers.setdefault(source, set()).add(name)
+        self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive") if threads > 1 else None
+        self._threads = threads
+
+    def _closure(self, recipe: Recipe) -> frozenset[str]:
+        """Every tensor the recipe needs, through staged ones."""
+        names = set(recipe.sources)
+        for name in recipe.sources:
+            if name in self._staged:
+                names |= self._closure(self._staged[name])
+        return frozenset(names)
+
+    def _only_sources(self, names: Iterable[str]) -> frozenset[str]:
+        found: set[str] = set()
+        for name in names:
+            if name.startswith(SOURCE):
+                found.add(name.removeprefix(SOURCE))
+            elif name.startswith(COMPUTED):
+                found |= self._program.sources_of(name.removeprefix(COMPUTED))
+        return frozenset(found)
+
+    def sources_of(self, name: str) -> frozenset[str]:
+        """The source weights that an engine weight is derived from."""
+        return self._sources[name]
+
+    def affected(self, changed: Iterable[str]) -> frozenset[str]:
+        """The engine weights that read one of these source weights."""
+        return frozenset(name for source in changed for name in self._readers.get(source, ()))
+
+    def derive(self, sources: Mapping[str, Array], targets: Mapping[str, Storage]) -> None:
+        """Write these engine weights.
+
+        Raises:
+            EngineError: a source is missing, or a computation failed.
+        """
+        needed: set[str] = set().union(*(self._reads[name] for name in targets))
+        try:
+            tensors = {SOURCE + name: array.reshape(-1) for name, array in sources.items()}
+            computed = [name.removeprefix(COMPUTED) for name in needed if name.startswith(COMPUTED)]
+            made = self._program.compute(computed, sources)
+            tensors.update((COMPUTED + name, np.ascontiguousarray(array).reshape(-1)) for name, array in made.items())
+            for name, recipe in self._staged.items():
+                if name in needed:
+                    tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
+            tasks = [
+                task
+                for name, storage in targets.items()
+                for task in self._writers[name].tasks(tensors, storage, self._packer)
+            ]
+        except KeyError as error:
+            raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
+        self._run(tasks)
+
+    def _run(self, tasks: list[_Task]) -> None:
+        if self._pool is None or sum(size for size, _ in tasks) < _PARALLEL:
+            for _, task in tasks:
+                task()
+            return
+        tasks.sort(key=lambda task: -task[0])
+        waiting = iter(tasks)  # next() on a list's iterator is atomic: each task is done once
+
+        def work() -> None:
+            for _, task in waiting:
+                task()
+
+        helpers = [self._pool.submit(work) for _ in range(self._threads - 1)]
+        try:
+            work()
+        finally:
+            wait(helpers)  # nobody may write any more once this returns, failed or not
+        for helper in helpers:
+            helper.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()

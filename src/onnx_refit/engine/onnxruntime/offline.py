@@ -1,0 +1,69 @@
+"""ONNX Runtime's own optimiser, run offline: a model file in, an optimised model file out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+
+from onnx_refit.engine.onnxruntime.native import PROVIDERS, session_options
+from onnx_refit.errors import EngineError
+
+# Optimisations whose result can depend on the values of weights, the likely culprits first: left out where a weight of
+# the result stays unexplained.
+CANDIDATES = (
+    (
+        "ConvBNFusion",
+        "ConvMulFusion",
+        "ConvAddFusion",
+        "MatMulBNFusion",
+        "MatMulScaleFusion",
+        "QDQSelectorActionTransformer",
+        "ConstantSharing",
+    ),
+    ("NchwcTransformer", "ConstantFolding", "AttentionFusion", "EmbedLayerNormFusion", "WeightBiasQuantization"),
+    (
+        "SkipLayerNormFusion",
+        "LayerNormFusion",
+        "SimplifiedLayerNormFusion",
+        "BiasGeluFusion",
+        "MatMulAddFusion",
+        "MatmulTransposeFusion",
+        "GemmSumFusion",
+        "GemmTransposeFusion",
+        "DynamicQuantizeMatMulFusion",
+        "MatMulIntegerToFloatFusion",
+        "DivMulFusion",
+        "PadFusion",
+        "ReshapeFusion",
+        "TransposeOptimizer",
+        "CommonSubexpressionElimination",
+        "EliminateIdentity",
+        "NoopElimination",
+        "CastElimination",
+        "BiasSoftmaxFusion",
+        "ConcatSliceElimination",
+        "FuseReluClip",
+    ),
+)
+
+
+def optimise_file(source: Path, target: Path, disabled: Sequence[str]) -> None:
+    """Write what ONNX Runtime's CPU engine makes of a model at its highest level, weights beside it.
+
+    Raises:
+        EngineError: ONNX Runtime refuses the model.
+    """
+    options = session_options(1, optimise=True)
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.bin")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    try:
+        if disabled:
+            ort.InferenceSession(str(source), options, providers=PROVIDERS, disabled_optimizers=list(disabled))
+        else:
+            ort.InferenceSession(str(source), options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise EngineError(f"ONNX Runtime refused the model: {error}") from error

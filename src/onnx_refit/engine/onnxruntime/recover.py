@@ -1,0 +1,92 @@
+"""Source weights read back from engine weights, where these only rearrange them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnx_refit.engine.onnxruntime.specialise import SOURCE, Specialised
+from onnx_refit.errors import EngineError
+from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk, along, fill
+from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+
+
+class Recoverer:
+    """Inverse recipes: source weights over engine weights.
+
+    Args:
+        specialised: the recipes.
+        sources: every source weight.
+    """
+
+    def __init__(self, specialised: Specialised, sources: Mapping[str, TensorSpec]) -> None:
+        self._inverses: dict[str, Recipe] = {}
+        specs = {SOURCE + name: spec for name, spec in sources.items()}
+        specs.update((name, recipe.spec) for name, recipe in specialised.staged.items())
+        # Engine weights give sources and staged tensors; staged tensors, last made first, give what they were made of.
+        for name, recipe in specialised.buffers.items():
+            self._add(name, recipe, specs)
+        for name in reversed(list(specialised.staged)):
+            if name in self._inverses:
+                self._add(name, specialised.staged[name], specs)
+        self.names = frozenset(name.removeprefix(SOURCE) for name in self._inverses if name.startswith(SOURCE))
+
+    def _add(self, name: str, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> None:
+        for source in recipe.sources:
+            spec = specs.get(source)
+            if spec is None or source in self._inverses or spec.dtype != recipe.spec.dtype:
+                continue
+            inverse = _inverse(name, recipe, source, spec)
+            if inverse is not None:
+                self._inverses[source] = inverse
+
+    def recover(self, name: str, buffers: Mapping[str, Array]) -> Array:
+        """A source weight (a new array) from engine weights; EngineError where it is not recoverable."""
+        if name not in self.names:
+            raise EngineError("the engine's weights do not hold this source weight bit for bit", where=name)
+        return self._make(SOURCE + name, buffers)
+
+    def _make(self, name: str, buffers: Mapping[str, Array]) -> Array:
+        recipe = self._inverses[name]
+
+        def fetch(source: str) -> Array:
+            made = self._make(source, buffers) if source in self._inverses else buffers[source]
+            return made.reshape(-1)
+
+        out = np.empty(recipe.spec.size, numpy_dtype(recipe.spec.dtype))
+        fill(recipe, fetch, out)
+        return out.reshape(recipe.spec.static_shape)
+
+
+def _inverse(name: str, recipe: Recipe, source: str, spec: TensorSpec) -> Recipe | None:
+    """The source over the engine weight, if the engine weight holds every element of it."""
+    pieces = [
+        Piece(piece.dims, piece.operands[0].walk, (Operand(name, piece.target),))
+        for piece in recipe.pieces
+        if len(piece.operands) == 1 and piece.operands[0].name == source
+    ]
+    gathers = [Gather(name, gather.take, gather.to) for gather in recipe.gathers if gather.source == source]
+    held = sum(math.prod(piece.dims) for piece in pieces) + sum(gather.to.size for gather in gathers)
+    if held < spec.size:
+        return None
+    inverse = Recipe(spec, tuple(pieces), tuple(gathers))
+    if len(pieces) == 1 and held == spec.size and _distinct(pieces[0].dims, pieces[0].target):
+        return inverse
+    seen = np.zeros(spec.size, bool)
+    for piece in pieces:
+        along(seen, piece.dims, piece.target)[...] = True
+    for gather in gathers:
+        seen[gather.to] = True
+    return inverse if seen.all() else None
+
+
+def _distinct(dims: tuple[int, ...], walk: Walk) -> bool:
+    """Whether a walk surely visits no element twice: each stride steps over all that the smaller ones reach."""
+    reach = 0
+    for stride, extent in sorted((s, e) for s, e in zip(walk.strides, dims, strict=True) if e > 1):
+        if stride <= reach:
+            return False
+        reach += stride * (extent - 1)
+    return True

@@ -1,0 +1,262 @@
+"""Optimise a graph whose weights are inputs, and explain the weights of the result."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnx_refit.model.graph import Names, all_graphs
+from onnx_refit.plan.compiled import Decision, Verdict
+from onnx_refit.plan.trace.canonical import TensorKey, skeleton
+from onnx_refit.plan.trace.codes import MULTIPLIERS, Code, Numbers, RandomValues
+from onnx_refit.plan.trace.exchange import Optimise, Optimised, run, with_initializers
+from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, is_whole, whole
+from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
+from onnx_refit.tensors import Array, TensorSpec, spec_of, value_info_of
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An optimised graph whose weights are inputs again.
+
+    Attributes:
+        model: the graph: the inputs it had, less the weights, and one input a weight of the result.
+        recipes: weight of the result -> how it is put together from the weights given.
+        decisions: optimisations left out, and why.
+    """
+
+    model: onnx.ModelProto
+    recipes: Mapping[str, Recipe]
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One try: what came out, what of it is explained, what is not (and whether even its nodes changed with values)."""
+
+    optimised: Optimised
+    recipes: Mapping[TensorKey, Recipe]
+    constants: Mapping[TensorKey, Array]
+    unexplained: tuple[str, ...]
+    unstable: bool = False
+
+    @property
+    def faults(self) -> tuple[bool, int]:
+        return self.unstable, len(self.unexplained)
+
+
+class Tracer:
+    """Explains what one optimiser does to one graph.
+
+    Args:
+        model: the graph; the weights are graph inputs of it.
+        weights: dtype and static shape of each.
+        optimise: the optimiser.
+    """
+
+    def __init__(self, model: onnx.ModelProto, weights: Sequence[TensorSpec], optimise: Optimise) -> None:
+        self._original = model
+        self._all = tuple(weights)
+        self._optimise = optimise
+        self._weights = tuple(spec for spec in weights if Code.supports(spec.dtype) and spec.size)
+        self._left = tuple(spec for spec in weights if spec not in self._weights)
+        self._model = with_initializers(model, self._weights)
+        by_dtype: dict[str, list[TensorSpec]] = {}
+        for spec in self._weights:
+            by_dtype.setdefault(spec.dtype, []).append(spec)
+        self._numberings = {dtype: Numbering.of(specs) for dtype, specs in by_dtype.items()}
+        self._codes = {dtype: self._code(dtype, model) for dtype in by_dtype}
+
+    def _code(self, dtype: str, model: onnx.ModelProto) -> Code:
+        """A code whose values are none of the graph's own scalars, which optimisers merge with equal ones."""
+        total = self._numberings[dtype].total
+        scalars = [
+            onnx.numpy_helper.to_array(tensor).reshape(-1)
+            for graph in all_graphs(model.graph)
+            for tensor in graph.initializer
+            if np.prod(tensor.dims, dtype=np.int64) <= 64
+        ]
+        codes = [Code(dtype, total, multiplier) for multiplier in MULTIPLIERS]
+        wanted = codes[0].encode(0, 1, 0).dtype
+        present = [array for array in scalars if array.dtype == wanted and array.size]
+        for code in codes:
+            if code.digits > 1 or not any((code.decode([array]) >= 0).any() for array in present):
+                return code
+        return codes[0]
+
+    def trace(self, candidates: Sequence[Sequence[str]] = ()) -> Traced:
+        """Optimise and explain.
+
+        Args:
+            candidates: groups of names of the optimiser's parts, the likeliest culprits first. Where something stays
+                unexplained, groups are left out until everything is explained, and then let in again name by name.
+        """
+        decisions: list[Decision] = []
+        with tempfile.TemporaryDirectory(prefix="onnx-refit-") as folder:
+            place = Path(folder)
+            attempt = self._attempt((), place)
+            if attempt.faults != (False, 0):
+                what = ", ".join(attempt.unexplained[:3]) or "the nodes of the result"
+                found = self._without_culprits(candidates, place)
+                if found is None:
+                    reason = f"{what} depend on the values of weights in a way that no recipe gives"
+                    decision = Decision("the whole graph", "optimise", Verdict.REJECTED, reason)
+                    return Traced(self._original, {s.name: whole(s, s.name) for s in self._all}, (decision,))
+                culprits, attempt = found
+                reason = f"with it, {what} would depend on the values of weights in a way that no recipe gives"
+                decisions = [Decision(name, "run this optimisation", Verdict.REJECTED, reason) for name in culprits]
+            return self._finish(attempt, tuple(decisions))
+
+    def _without_culprits(
+        self, candidates: Sequence[Sequence[str]], folder: Path
+    ) -> tuple[tuple[str, ...], _Attempt] | None:
+        """The fewest of the optimisations left out with which everything is explained, each being needed."""
+        disabled: tuple[str, ...] = ()
+        for group in candidates:
+            disabled += tuple(group)
+            attempt = self._attempt(disabled, folder)
+            if attempt.faults == (False, 0):
+                break
+        else:
+            return None
+        for name in disabled:
+            fewer = tuple(other for other in disabled if other != name)
+            tried = self._attempt(fewer, folder)
+            if tried.faults == (False, 0):
+                disabled, attempt = fewer, tried
+        return disabled, attempt
+
+    def _attempt(self, disabled: Sequence[str], parent: Path) -> _Attempt:
+        folder = Path(tempfile.mkdtemp(dir=parent))
+        runs = max((code.digits for code in self._codes.values()), default=1)
+        coded = [self._coded(digit, disabled, folder / f"coded{digit}") for digit in range(runs)]
+        draw = RandomValues()
+
+        def random(spec: TensorSpec, first: int, count: int) -> Array:
+            return draw(spec.dtype, count)
+
+        proof = run(self._optimise, self._model, self._weights, random, disabled, folder / "random")
+        bones = skeleton(proof.model)
+        if any(skeleton(each.model) != bones for each in coded):
+            shutil.rmtree(folder)
+            return _Attempt(proof, {}, {}, (), unstable=True)
+        recipes: dict[TensorKey, Recipe] = {}
+        constants: dict[TensorKey, Array] = {}
+        unexplained = []
+        for key, value in proof.tensors.items():
+            values = [each.tensors[key] for each in coded]
+            if all(_equal(value, other) for other in values):
+                constants[key] = value
+                continue
+            recipe = self._explain(key, values, coded, value, proof)
+            if recipe is None:
+                unexplained.append(f"{key[1]} ({value.dtype}{list(value.shape)})")
+            else:
+                recipes[key] = recipe
+        shutil.rmtree(folder)  # what is mapped stays readable
+        return _Attempt(proof, recipes, constants, tuple(unexplained))
+
+    def _coded(self, digit: int, disabled: Sequence[str], folder: Path) -> Optimised:
+        starts = {
+            name: start
+            for numbering in self._numberings.values()
+            for name, start in zip(numbering.names, numbering.starts, strict=False)
+        }
+
+        def coded(spec: TensorSpec, first: int, count: int) -> Array:
+            return self._codes[spec.dtype].encode(starts[spec.name] + first, count, digit)
+
+        return run(self._optimise, self._model, self._weights, coded, disabled, folder)
+
+    def _explain(
+        self, key: TensorKey, values: list[Array], coded: list[Optimised], random: Array, proof: Optimised
+    ) -> Recipe | None:
+        spec = spec_of(key[1], random)
+        for dtype, code in self._codes.items():
+            flat = [_as_dtype(value.reshape(-1), code) for value in values[: code.digits]]
+            if any(each is None for each in flat):
+                continue
+            digits = [each for each in flat if each is not None]
+
+            def lookup(at: Numbers, code: Code = code, digits: list[Array] = digits) -> Numbers:
+                return code.decode([digit[at] for digit in digits])
+
+            def proved(recipe: Recipe | None) -> bool:
+                return (
+                    recipe is not None
+                    and all(agrees(recipe, run.weights.__getitem__, v) for run, v in zip(coded, values, strict=True))
+                    and agrees(recipe, proof.weights.__getitem__, random)
+                )
+
+            numbering = self._numberings[dtype]
+            recipe = quick(spec, lookup, numbering)
+            if not proved(recipe):
+                recipe = thorough(spec, code.decode(digits), numbering)
+            if proved(recipe):
+                return recipe
+        return None
+
+    def _finish(self, attempt: _Attempt, decisions: tuple[Decision, ...]) -> Traced:
+        model = onnx.ModelProto()
+        model.CopyFrom(attempt.optimised.model)
+        names = Names.of(model.graph)
+        recipes: dict[str, Recipe] = {}
+        for number, graph in enumerate(all_graphs(model.graph)):
+            kept, renamed = [], {}
+            for tensor in graph.initializer:
+                recipe = attempt.recipes.get((number, tensor.name))
+                if recipe is None:
+                    array = np.ascontiguousarray(attempt.constants[number, tensor.name])
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(array.reshape(tuple(tensor.dims)), tensor.name))
+                    kept.append(tensor)
+                    continue
+                source = is_whole(recipe)
+                fresh = names.fresh(source or "+".join(sorted(recipe.sources)[:2]))
+                renamed[tensor.name] = fresh
+                spec = TensorSpec(fresh, recipe.spec.dtype, recipe.spec.shape)
+                recipes[fresh] = Recipe(spec, recipe.pieces, recipe.gathers)
+            del graph.initializer[:]
+            graph.initializer.extend(kept)
+            _rename(graph, renamed)
+        model.graph.input.extend(value_info_of(recipe.spec) for recipe in recipes.values())
+        recipes.update((spec.name, whole(spec, spec.name)) for spec in self._left)
+        return Traced(model, recipes, decisions)
+
+
+def _rename(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
+    """Rename what the graph and those in it read; an output that is such a value becomes a copy of it."""
+    for value in graph.output:
+        if value.name in renamed:
+            graph.node.append(onnx.helper.make_node("Identity", [value.name], [value.name]))
+    for inner in all_graphs(graph):
+        for node in inner.node:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+
+
+def _equal(first: Array, second: Array) -> bool:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    if first.dtype == object:
+        return bool((first == second).all())
+    a, b = first.reshape(-1), second.reshape(-1)
+    if a.size > 64 and not np.array_equal(bits(a[:64]), bits(b[:64])):
+        return False
+    return np.array_equal(bits(a), bits(b))
+
+
+def _as_dtype(flat: Array, code: Code) -> Array | None:
+    """The values as the code's dtype, where nothing is lost (a weight that the optimiser cast)."""
+    wanted = code.encode(0, 1, 0).dtype
+    if flat.dtype == wanted:
+        return flat
+    if flat.dtype.kind not in "fV" or wanted.kind not in "fV":
+        return None
+    with np.errstate(over="ignore"):
+        cast = flat.astype(wanted)
+    return cast if np.array_equal(bits(cast.astype(flat.dtype)), bits(flat)) else None
