@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,31 @@ def test_what_is_no_model_fails_with_one_line(
         assert str(model) in shown.err
         assert "Traceback" not in shown.err
         assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model.graph.node[2], "op_type", "Reluu"), "Reluu"),
+        (lambda model: setattr(model.graph.node[2], "domain", "com.example"), "com.example"),
+        (lambda model: setattr(model.opset_import[0], "version", 99), "99"),
+        (lambda model: setattr(model.opset_import[0], "version", 3), "3"),
+        (lambda model: model.graph.node[2].input.__setitem__(0, "nobody"), "nobody"),
+    ],
+    ids=["operator", "domain", "new opset", "old opset", "broken graph"],
+)
+def test_a_model_that_cannot_run_fails_with_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], change: Callable[[onnx.ModelProto], None], message: str
+) -> None:
+    model = mlp()
+    change(model)
+    onnx.save(model, place / "odd.onnx")
+    capsys.readouterr()
+    assert main(["build", str(place / "odd.onnx"), "-o", str(place / "new")]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.err.strip().splitlines()) == 1, shown.err
+    assert message in shown.err
+    assert not (place / "new").exists()
 
 
 def test_debug_shows_the_traceback(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

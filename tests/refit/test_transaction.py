@@ -95,6 +95,17 @@ def test_versions_beyond_keep_are_forgotten_but_listed(engine: onnx_refit.Engine
         engine.rollback(to=99)
 
 
+def test_the_memory_of_versions_is_bounded(engine: onnx_refit.Engine) -> None:
+    weights = [{"b1": mlp_weights(seed)["b1"]} for seed in range(2)]
+    for turn in range(1200):
+        engine.refit(weights[turn % 2], partial=True)
+    assert engine.version == 1201
+    assert len(engine.versions) < 1010
+    assert engine.versions[-1].number == 1201
+    with pytest.raises(VersionError, match="no longer held"):
+        engine.run({"x": X}, version=1)
+
+
 def test_a_partial_refit_changes_what_it_gives(engine: onnx_refit.Engine) -> None:
     new = mlp_weights(1)
     report = engine.refit({"b1": new["b1"]}, partial=True)

@@ -107,7 +107,7 @@ class Engine:
 
     @property
     def versions(self) -> tuple[VersionInfo, ...]:
-        """Every version of this engine so far, oldest first; those ``held`` can be run and rolled back to."""
+        """The last thousand versions, oldest first; those ``held`` can be run and rolled back to."""
         with self._lock:
             return tuple(self._versions.infos())
 

@@ -63,9 +63,13 @@ class Version:
     committed: datetime
 
 
+_REMEMBERED = 1000
+"""Versions whose description outlives them; an engine may see millions."""
+
+
 @dataclass
 class VersionTable:
-    """The versions of one engine: the last ``keep`` are held, older ones are forgotten but remembered by name.
+    """The versions of one engine: the last ``keep`` are held, the last thousand are remembered by description.
 
     Not thread-safe: the transaction's lock guards it. Readers that run inferences take ``current`` by one reference
     read, which needs no lock.
@@ -76,6 +80,7 @@ class VersionTable:
     _held: dict[int, Version] = field(default_factory=dict)
     _infos: dict[int, VersionInfo] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
+    _newest: int = 0
 
     def __post_init__(self) -> None:
         self._remember(self.current)
@@ -95,10 +100,11 @@ class VersionTable:
         if held is not None:
             return held
         choices = ", ".join(str(n) for n in sorted(self._held))
-        reason = "is no longer held" if number in self._infos else "does not exist"
+        existed = 1 <= number <= self._newest
+        reason = "is no longer held" if existed else "does not exist"
         raise VersionError(
             f"version {number} {reason}; held are {choices}",
-            hint="Load the engine with a larger keep to hold more versions" if number in self._infos else None,
+            hint="Load the engine with a larger keep to hold more versions" if existed else None,
         )
 
     def forget(self, number: int) -> None:
@@ -117,7 +123,7 @@ class VersionTable:
         return self._held[earlier[-1]]
 
     def infos(self) -> Iterator[VersionInfo]:
-        """Every version there ever was, oldest first."""
+        """Every version remembered, oldest first."""
         for number in sorted(self._infos):
             info = self._infos[number]
             current, held = number == self.current.number, number in self._held
@@ -125,6 +131,7 @@ class VersionTable:
 
     def _remember(self, version: Version) -> None:
         number = version.number
+        self._newest = max(self._newest, number)
         self._held[number] = version
         if number in self._order:
             self._order.remove(number)
@@ -140,3 +147,5 @@ class VersionTable:
             current=True,
             held=True,
         )
+        if len(self._infos) > _REMEMBERED + self.keep:
+            del self._infos[min(n for n in self._infos if n not in self._held)]
