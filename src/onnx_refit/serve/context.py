@@ -1,0 +1,54 @@
+"""What the handlers of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from onnx_refit.serve.errors import DrainingError
+from onnx_refit.serve.metrics import Metrics
+from onnx_refit.serve.model import ModelTable
+from onnx_refit.serve.settings import Settings
+from onnx_refit.serve.spool import Spool
+
+Result = TypeVar("Result")
+
+
+class Context:
+    """Models, settings, metrics, and whether the server takes requests.
+
+    Refits run on two threads of their own, so that however long they take, inferences and health are answered.
+    """
+
+    def __init__(self, settings: Settings, models: ModelTable, metrics: Metrics, spool: Spool) -> None:
+        self.settings, self.models, self.metrics, self.spool = settings, models, metrics, spool
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnx-refit-desk")
+        self._serving = False
+
+    @property
+    def serving(self) -> bool:
+        """Whether the server takes requests."""
+        return self._serving
+
+    @serving.setter
+    def serving(self, serving: bool) -> None:
+        self._serving = serving
+        self.metrics.ready.set(int(serving))
+
+    def require_serving(self) -> None:
+        """DrainingError while the server is starting or stopping."""
+        if not self._serving:
+            raise DrainingError("the server is shutting down")
+
+    async def at_desk(self, work: Callable[[], Result]) -> Result:
+        """Run a piece of a refit on the refits' threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    def close(self) -> None:
+        """End the refits' threads, close the models and the spool. Blocks."""
+        self._workers.shutdown(wait=True)
+        for model in self.models:
+            model.close()
+        self.spool.close()

@@ -1,0 +1,223 @@
+"""A served model: its engine, the queue in front of it, its traffic split, and the desk for refits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnx_refit.errors import InputError, VersionError
+from onnx_refit.refit.live import Engine
+from onnx_refit.serve.batching import why_not_batchable
+from onnx_refit.serve.datatypes import datatype_of
+from onnx_refit.serve.desk import RefitDesk
+from onnx_refit.serve.errors import DeadlineError, DrainingError
+from onnx_refit.serve.events import EventHub
+from onnx_refit.serve.metrics import Metrics
+from onnx_refit.serve.request import InferRequest, InferResponse
+from onnx_refit.serve.scheduler import Job, Scheduler
+from onnx_refit.serve.settings import Batching, Settings
+from onnx_refit.serve.traffic import TrafficSplit
+from onnx_refit.tensors import Array, TensorSpec
+
+PLATFORM = "onnx-refit"
+
+
+class ServedModel:
+    """One engine under a name.
+
+    Args:
+        name: what clients call it.
+        engine: the engine; closed with the model.
+        settings: the server's settings.
+        metrics: where to count.
+    """
+
+    def __init__(self, name: str, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.name, self.engine = name, engine
+        self.online = True
+        self.traffic: TrafficSplit | None = None
+        self.events = EventHub()
+        self.desk = RefitDesk(name, engine, self.events, metrics, settings.limits)
+        self.unbatched = "batching is off" if settings.batching.rows == 1 else why_not_batchable(engine)
+        self.max_rows = 1 if self.unbatched else settings.batching.rows
+        self._most_seconds = settings.limits.request_seconds
+        self._metrics = metrics
+        self._queue_seconds = metrics.queue_seconds.labels(name)
+        self._inference_seconds = metrics.inference_seconds.labels(name)
+        self._batch_rows = metrics.batch_rows.labels(name)
+        self._scheduler = Scheduler(
+            self._run,
+            instances=settings.instances,
+            limit=settings.limits.queue,
+            batching=Batching() if self.unbatched else settings.batching,
+            observe=lambda rows, _: self._batch_rows.observe(rows),
+        )
+        metrics.weight_bytes.labels(name).set(engine.plan.weight_bytes)
+        metrics.watch(name, lambda: self._scheduler.waiting, lambda: self._scheduler.running)
+
+    # ------------------------------------------------------------------ inference
+
+    async def infer(self, request: InferRequest, version: int | None = None) -> InferResponse:
+        """Run one inference, through the queue.
+
+        Args:
+            request: what to run.
+            version: a version that the transport names (a path or a header); goes before the request's own.
+
+        Raises:
+            DrainingError: the model is offline.
+            OverloadedError: the queue is full.
+            DeadlineError: the time was up.
+            InputError, VersionError, EngineError: as ``Engine.run``.
+        """
+        if not self.online:
+            raise DrainingError(f"the model {self.name!r} is offline")
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Job] = loop.create_future()
+        seconds = self._most_seconds if request.timeout is None else min(request.timeout, self._most_seconds)
+        job = Job(
+            inputs=request.inputs,
+            outputs=request.output_names,
+            version=self._version(version or request.version, request.split_key),
+            deadline=time.perf_counter() + seconds,
+            done=lambda job: _answer(loop, answered, job),
+        )
+        self._scheduler.submit(job)
+        timer = loop.call_later(seconds, _expire, answered, job)
+        try:
+            await answered
+        except asyncio.CancelledError:
+            job.cancelled = True
+            raise
+        finally:
+            timer.cancel()
+        if job.error is not None:
+            raise job.error
+        assert job.results is not None
+        self._queue_seconds.observe(job.started - job.queued)
+        self._inference_seconds.observe(job.finished - job.started)
+        self._metrics.answers.labels(self.name, str(job.answered)).inc()
+        return InferResponse(self.name, job.answered, job.results)
+
+    def _version(self, version: int | None, split_key: str | None) -> int | None:
+        if version is not None or self.traffic is None:
+            return version
+        return self.traffic.choose(split_key)
+
+    def _run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, version: int | None
+    ) -> tuple[Mapping[str, Array], int]:
+        results = self.engine.run(inputs, outputs, version=version)
+        return results, results.version
+
+    def split_traffic(self, split: TrafficSplit | None) -> None:
+        """Split the requests that name no version; None ends the split. VersionError for a version not held."""
+        held = {info.number for info in self.engine.versions if info.held}
+        for version, _ in () if split is None else split.shares:
+            if version not in held:
+                raise VersionError(f"version {version} is not held; held are {', '.join(map(str, sorted(held)))}")
+        self.traffic = split
+        self.events.publish("traffic", split=None if split is None else split.to_json())
+
+    # ------------------------------------------------------------------ description
+
+    def metadata(self, version: int | None = None) -> dict[str, Any]:
+        """The protocol's model metadata; VersionError for a version that is not held."""
+        held = [info.number for info in self.engine.versions if info.held]
+        if version is not None and version not in held:
+            raise VersionError(f"version {version} is not held; held are {', '.join(map(str, held))}")
+        return {
+            "name": self.name,
+            "versions": [str(number) for number in held],
+            "platform": f"{PLATFORM}_{self.engine.plan.engine}",
+            "inputs": [_described(spec) for spec in self._original_inputs()],
+            "outputs": [_described(spec) for spec in self.engine.outputs],
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Triton's model configuration, as far as its clients and load generators read it."""
+        return {
+            "name": self.name,
+            "platform": f"{PLATFORM}_{self.engine.plan.engine}",
+            "backend": PLATFORM,
+            # Shapes are given whole, with their first dimension, as metadata gives them.
+            "max_batch_size": 0,
+            "input": [_configured(spec) for spec in self._original_inputs()],
+            "output": [_configured(spec) for spec in self.engine.outputs],
+        }
+
+    def _original_inputs(self) -> list[TensorSpec]:
+        """The inputs under the names and types the user's model had: strings where a vocabulary was taken out."""
+        strings = {vocabulary.output: vocabulary.input for vocabulary in self.engine.plan.preprocessors}
+        return [
+            TensorSpec(strings[spec.name], "string", spec.shape) if spec.name in strings else spec
+            for spec in self.engine.inputs
+        ]
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """How busy it is."""
+        return {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
+
+    def drain(self) -> None:
+        """Finish what is queued and take nothing more. Blocks."""
+        self.online = False
+        self._scheduler.close()
+
+    def close(self) -> None:
+        """Drain, discard what is staged, and close the engine. Blocks."""
+        self.drain()
+        self.events.close()
+        self.desk.close()
+        self.engine.close()
+
+
+def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Job], job: Job) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_resolve, future, job)
+
+
+def _resolve(future: asyncio.Future[Job], job: Job) -> None:
+    if not future.done():
+        future.set_result(job)
+
+
+def _expire(future: asyncio.Future[Job], job: Job) -> None:
+    if not future.done():
+        job.cancelled = True
+        future.set_exception(DeadlineError())
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    if spec.shape is None:
+        raise InputError(f"the rank of {spec.name!r} is not known")
+    return [dimension if isinstance(dimension, int) else -1 for dimension in spec.shape]
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": _shape(spec)}
+
+
+def _configured(spec: TensorSpec) -> dict[str, Any]:
+    datatype = datatype_of(spec.dtype)
+    name = "STRING" if datatype == "BYTES" else datatype
+    return {"name": spec.name, "data_type": f"TYPE_{name}", "dims": _shape(spec)}
+
+
+class ModelTable:
+    """The models of one server, by name. Fixed when the server starts: no client can add one."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def __iter__(self) -> Any:
+        return iter(self._models.values())
+
+    def get(self, name: str) -> ServedModel:
+        """A model; VersionError (404) if there is none of this name."""
+        model = self._models.get(name)
+        if model is None:
+            raise VersionError(f"there is no model {name[:80]!r}", hint=f"The models are {', '.join(self._models)}")
+        return model
