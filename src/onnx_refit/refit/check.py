@@ -93,6 +93,7 @@ def check(
     chosen = options or CheckOptions()
     view = weights if isinstance(weights, NamedView) else None
     problems = view.problems if view is not None else {}
+    kept = view.kept if view is not None else frozenset()
     specs = weights.specs
     accepted: list[Accepted] = []
     rejected: list[Rejected] = []
@@ -108,7 +109,8 @@ def check(
             continue
         stored = specs.get(name)
         if stored is None:
-            missing.append(spec)
+            if name not in kept:
+                missing.append(spec)
             continue
         names = (name,) if view is None else view.checkpoint_names(name)
         if stored.shape != spec.shape:
@@ -122,6 +124,9 @@ def check(
         accepted.append(Accepted(name, names, spec.dtype, stored.dtype, array.nbytes, changed, measured))
         if changed is not False:
             arrays[name] = array
+    if view is not None:
+        for name, text in view.dropped().items():
+            rejected.append(Rejected(name, (name,), RejectReason.DROPPED, text, TensorSpec(name, "float32", None)))
     unused = _unused(sources, weights, view)
     report = _report(weights.description, chosen, accepted, rejected, missing, unused)
     return report, arrays if report.ok else {}

@@ -23,6 +23,7 @@ class RejectReason(Enum):
     OVERFLOW = "overflow"
     NON_FINITE = "non-finite"
     AMBIGUOUS = "ambiguous"
+    DROPPED = "dropped"
     UNREADABLE = "unreadable"
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array, TensorSpec
-from onnx_refit.weights.provenance.expression import Expression, dtype_of, evaluate, tensors_of
+from onnx_refit.weights.provenance.expression import dtype_of, evaluate, tensors_of
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.view import NamedView, ViewProblem, ViewProblemKind
+
+if TYPE_CHECKING:
+    from onnx_refit.weights.names import NameMap
 
 
 class MappedView:
@@ -17,22 +21,13 @@ class MappedView:
 
     Args:
         source: the checkpoint, or tensors that already have the model's names.
-        entries: weight -> expression over checkpoint tensors.
-        weights: weight -> spec, for all weights of the model.
-        shapes: checkpoint tensor -> the shape it had when the map was made.
-        ignored: checkpoint tensors that are expected and part of no weight.
+        names: the map.
     """
 
-    def __init__(
-        self,
-        source: WeightSource,
-        entries: Mapping[str, Expression],
-        weights: Mapping[str, TensorSpec],
-        shapes: Mapping[str, tuple[int, ...]],
-        ignored: frozenset[str],
-    ) -> None:
+    def __init__(self, source: WeightSource, names: NameMap) -> None:
         self._source = source
-        self._ignored = ignored
+        self._names = names
+        entries, weights, shapes = names.entries, names.weights, names.shapes
         inner = source.problems if isinstance(source, NamedView) else {}
         held = source.specs.keys() | inner.keys()
         self._parts = {name: tuple(dict.fromkeys(tensors_of(e))) for name, e in entries.items()}
@@ -103,10 +98,32 @@ class MappedView:
 
     def unused(self, wanted: Collection[str]) -> Mapping[str, TensorSpec]:
         """The checkpoint tensors that none of the wanted weights is made of and that the map does not know."""
-        read = {part for name in wanted for part in self._parts.get(name, ())} | self._ignored
+        read = {part for name in wanted for part in self._parts.get(name, ())}
+        if not self.own_names:
+            read |= self._names.ignored
         if isinstance(self._source, NamedView):
             return self._source.unused(read)
         return {name: spec for name, spec in self._source.specs.items() if name not in read}
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Weights that are no business of the checkpoint."""
+        return frozenset() if self.own_names else self._names.fixed
+
+    def dropped(self) -> Mapping[str, str]:
+        """Tensors that an exporter may have left out for being all zeros or ones, and that no longer are."""
+        found: dict[str, str] = {}
+        if self.own_names:
+            return found
+        for name, neutral in self._names.neutral.items():
+            spec = self._source.specs.get(name)
+            if spec is None or bool((self._source.read(name) == neutral).all()):
+                continue
+            found[name] = (
+                f"it was all {'ones' if neutral else 'zeros'} when the plan was built, so the model may have been "
+                "exported without it, and it no longer is: export the model with trained weights"
+            )
+        return found
 
     @property
     def problems(self) -> Mapping[str, ViewProblem]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 
 from onnx_refit.errors import WeightsFormatError
-from onnx_refit.tensors import Array, TensorSpec, spec_of
+from onnx_refit.tensors import Array, TensorSpec, is_floating, spec_of
 from onnx_refit.weights.mapped_view import MappedView
+from onnx_refit.weights.provenance.bits import as_bits, is_constant
 from onnx_refit.weights.provenance.choose import Tie
 from onnx_refit.weights.provenance.clues import Clues
 from onnx_refit.weights.provenance.encode import expression_from_json, expression_to_json
@@ -19,6 +21,7 @@ from onnx_refit.weights.provenance.search import search
 from onnx_refit.weights.source import WeightSource
 
 _MAX_RANK = 32
+_SMALLEST_MASK = 9
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,23 @@ class NameMap:
         weights: weight -> dtype and shape, for all refittable weights.
         shapes: checkpoint tensor -> its shape, for those that entries read.
         ignored: checkpoint tensors that were seen at build time and are part of no weight.
+        neutral: those of them that were all zeros or all ones, and which. An exporter may have left them out for that
+            reason, so a checkpoint in which they are anything else is refused.
+        fixed: weights that no checkpoint tensor explains and that have one or two values throughout, such as initial
+            states of zeros and masks: they belong to the model, not to the checkpoint, and stay.
     """
 
     entries: Mapping[str, Expression]
     weights: Mapping[str, TensorSpec]
     shapes: Mapping[str, tuple[int, ...]]
     ignored: frozenset[str] = frozenset()
+    neutral: Mapping[str, float] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
     @property
     def unmatched(self) -> tuple[str, ...]:
         """The weights that no expression gives; a checkpoint in its own names cannot refit them."""
-        return tuple(name for name in self.weights if name not in self.entries)
+        return tuple(name for name in self.weights if name not in self.entries and name not in self.fixed)
 
     def apply(self, source: WeightSource) -> MappedView:
         """A checkpoint seen as the weights of the model.
@@ -48,7 +57,7 @@ class NameMap:
         A source that already speaks the model's own names (an ONNX file, arrays by weight name) is recognised by its
         names and passed through; names of the two kinds are never mixed in one source.
         """
-        return MappedView(source, self.entries, self.weights, self.shapes, self.ignored)
+        return MappedView(source, self)
 
     def to_json(self) -> dict[str, Any]:
         """The map as JSON-able values."""
@@ -57,6 +66,8 @@ class NameMap:
             "weights": {name: [spec.dtype, list(spec.static_shape)] for name, spec in self.weights.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "ignored": sorted(self.ignored),
+            "neutral": dict(self.neutral),
+            "fixed": sorted(self.fixed),
         }
 
     @classmethod
@@ -70,12 +81,14 @@ class NameMap:
             }
             shapes = {_text(name): _shape(shape) for name, shape in value["shapes"].items()}
             ignored = frozenset(_text(name) for name in value["ignored"])
+            neutral = {_text(name): {0: 0.0, 1: 1.0}[one] for name, one in value["neutral"].items()}
+            fixed = frozenset(_text(name) for name in value["fixed"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WeightsFormatError(f"no map of names: {error!r}") from error
         read = {name for expression in entries.values() for name in tensors_of(expression)}
-        if not read <= shapes.keys() or not entries.keys() <= weights.keys():
+        if not read <= shapes.keys() or not entries.keys() | fixed <= weights.keys() or entries.keys() & fixed:
             raise WeightsFormatError("the map of names contradicts itself")
-        return cls(entries, weights, shapes, ignored)
+        return cls(entries, weights, shapes, ignored, neutral, fixed)
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,15 @@ class Discovery:
     Attributes:
         names: the map.
         ties: weights whose bits occur more than once in the checkpoint, with the choice that was made.
-        unmatched: weights that are not made of the checkpoint's tensors by any operation that was tried.
+        unmatched: weights that are not made of the checkpoint's tensors by any operation that was tried. A checkpoint
+            cannot refit them: name them as constants if they are none of its business.
+        unused: floating-point checkpoint tensors that no weight is made of.
     """
 
     names: NameMap
     ties: tuple[Tie, ...] = ()
-    unmatched: tuple[str, ...] = field(default=())
+    unmatched: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def find_names(
@@ -120,8 +136,42 @@ def find_names(
         weights={name: spec_of(name, array) for name, array in weights.items()},
         shapes={name: specs[name].static_shape for name in read},
         ignored=frozenset(specs) - read.keys(),
+        neutral=_neutral(checkpoint, read),
+        fixed=frozenset(n for n, a in weights.items() if n not in entries and n not in specs and _is_structure(a)),
     )
-    return Discovery(names, tuple(ties), names.unmatched)
+    unused = tuple(n for n, spec in specs.items() if n not in read and is_floating(spec.dtype))
+    return Discovery(names, tuple(ties), names.unmatched, unused)
+
+
+def _neutral(checkpoint: WeightSource, read: Collection[str]) -> dict[str, float]:
+    """The tensors that no weight is made of, that are all zeros or all ones, and that an exporter may have dropped.
+
+    Where the rest of the module is not in the model either, and is not neutral, the module is dead and nothing was
+    dropped.
+    """
+    found: dict[str, float] = {}
+    dead: set[str] = set()
+    for name, spec in checkpoint.specs.items():
+        if name in read or not is_floating(spec.dtype) or spec.size == 0:
+            continue
+        array = checkpoint.read(name)
+        value = float(array.reshape(-1)[0]) if is_constant(array) else None
+        if value in (0.0, 1.0):
+            found[name] = float(value or 0.0)
+        elif spec.size > 1:
+            dead.add(_module(name))
+    return {name: value for name, value in found.items() if _module(name) not in dead}
+
+
+def _module(name: str) -> str:
+    return name[: max(name.rfind("."), name.rfind("/")) + 1]
+
+
+def _is_structure(array: Array) -> bool:
+    """Whether a tensor has at most two different values: zeros, ones, a mask. Nobody trains such weights."""
+    bits = as_bits(np.ascontiguousarray(array)).reshape(-1)
+    other = bits[bits != bits[0]] if bits.size else bits
+    return other.size == 0 or (bits.size >= _SMALLEST_MASK and bool((other == other[0]).all()))
 
 
 def _text(value: Any) -> str:

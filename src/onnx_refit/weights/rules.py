@@ -197,6 +197,15 @@ class RenamedView:
         }
 
     @property
+    def kept(self) -> frozenset[str]:
+        """Nothing: rules know no weights."""
+        return frozenset()
+
+    def dropped(self) -> Mapping[str, str]:
+        """Nothing: rules know no weights."""
+        return {}
+
+    @property
     def problems(self) -> Mapping[str, ViewProblem]:
         """New names that several tensors were given."""
         return self._problems

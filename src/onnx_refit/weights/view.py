@@ -39,6 +39,15 @@ class NamedView(WeightSource, Protocol):
         ...
 
     @property
+    def kept(self) -> frozenset[str]:
+        """Weights that checkpoints of this kind never have and that stay as they are."""
+        ...
+
+    def dropped(self) -> Mapping[str, str]:
+        """Checkpoint tensors that should matter and that the model has no place for -> why, in words."""
+        ...
+
+    @property
     def problems(self) -> Mapping[str, ViewProblem]:
         """Tensor of the view -> why it cannot be given."""
         ...

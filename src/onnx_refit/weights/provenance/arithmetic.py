@@ -6,13 +6,13 @@ The arithmetic is done again in each order that exporters are known to use, and 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from onnx_refit.tensors import Array
-from onnx_refit.weights.provenance.bits import permutations
+from onnx_refit.weights.provenance.bits import as_bits, permutations
 from onnx_refit.weights.provenance.expression import (
     BatchNormFold,
     BiasForm,
@@ -23,7 +23,9 @@ from onnx_refit.weights.provenance.expression import (
     ScaleForm,
     Stored,
     Transpose,
+    batch_norm_scale,
     evaluate,
+    folded_bias,
 )
 from onnx_refit.weights.provenance.pool import BatchNorm, Pool
 from onnx_refit.weights.scan import same_bits
@@ -87,9 +89,16 @@ def _neighbours(value: Any) -> Iterator[Any]:
         yield down
 
 
-def find_folded_weights(pool: Pool, wanted: Array) -> list[Expression]:
-    """The ways in which a weight is a layer's weight with the BatchNorm after it folded in, bit for bit."""
-    found: list[Expression] = []
+def find_folded_weights(pool: Pool, wanted: Array) -> dict[BatchNormFold, Array]:
+    """The ways in which a weight is a layer's weight with the BatchNorm after it folded in.
+
+    Returns:
+        Folds, likeliest first, with the scale [C] that gives the weight's bits. It is the scale of correctly rounded
+        arithmetic, but for the last bit of channels for which the exporter's square root was not correctly rounded
+        (PyTorch's is not, and differs between processors); every element of such a channel agrees with that one bit
+        set otherwise, or the fold is none.
+    """
+    found: dict[BatchNormFold, Array] = {}
     if wanted.dtype.kind != "f" or wanted.ndim < 2:
         return found
     sizes = sorted(wanted.shape)
@@ -109,7 +118,10 @@ def find_folded_weights(pool: Pool, wanted: Array) -> list[Expression]:
                 if view.shape != wanted.shape or not _scaled_by_channel(wanted, view, axis):
                     continue
                 of: Expression = Stored(name) if perm is None else Transpose(Stored(name), perm)
-                found += _weight_folds(pool, wanted, of, norms, axis)
+                # BatchNorms that were never trained are all alike: the one that follows the layer comes first.
+                here = pool.position[name]
+                after = sorted(norms, key=lambda n: (pool.position[n.mean] < here, abs(pool.position[n.mean] - here)))
+                found.update(_weight_folds(pool, wanted, view, of, after, axis))
         if found:
             break
     return found
@@ -128,34 +140,67 @@ def _scaled_by_channel(wanted: Array, stored: Array, axis: int) -> bool:
     return True
 
 
-def _weight_folds(pool: Pool, wanted: Array, of: Expression, norms: list[BatchNorm], axis: int) -> Iterator[Expression]:
-    for norm, epsilon, form in itertools.product(norms, _EPSILONS, ScaleForm):
-        fold = _fold(FoldPart.WEIGHT, of, norm, epsilon, axis, form, BiasForm.SHIFT_SCALE)
-        if same_bits(wanted, evaluate(fold, pool.read).astype(wanted.dtype, copy=False)):
-            yield fold
-            break
+def _weight_folds(
+    pool: Pool, wanted: Array, stored: Array, of: Expression, norms: list[BatchNorm], axis: int
+) -> Iterator[tuple[BatchNormFold, Array]]:
+    for norm in norms:
+        for epsilon, form in itertools.product(_EPSILONS, ScaleForm):
+            fold = _fold(FoldPart.WEIGHT, of, norm, epsilon, axis, form, BiasForm.SHIFT_SCALE)
+            scale = _exact_scale(wanted, stored, batch_norm_scale(fold, pool.read), axis)
+            if scale is not None:
+                yield fold, scale
+                break
 
 
-def find_folded_biases(pool: Pool, wanted: Array, weights: Iterable[BatchNormFold]) -> list[Expression]:
+def _exact_scale(wanted: Array, stored: Array, scale: Array, axis: int) -> Array | None:
+    """The scale that gives the wanted bits, each channel's the given one or next to it; None where there is none."""
+    # Any: NumPy's types have no arithmetic on arrays of an unknown dtype.
+    rows: Any = np.moveaxis(stored, axis, 0).reshape(scale.size, -1)
+    targets = np.ascontiguousarray(np.moveaxis(wanted, axis, 0)).reshape(scale.size, -1)
+    result: Any = scale.astype(wanted.dtype)
+    # One element says nothing about a channel's last bit.
+    directions = (None, np.inf, -np.inf) if rows.shape[1] > 1 else (None,)
+    with np.errstate(all="ignore"):
+        for direction in directions:
+            tried = result if direction is None else np.nextafter(scale, scale.dtype.type(direction))
+            product = rows * tried[:, None]
+            if direction is None:
+                open_ = ~_same_rows(product, targets)
+                if np.count_nonzero(open_) > max(1, open_.size // 2):
+                    return None
+            else:
+                hit = open_ & _same_rows(product, targets)
+                result = np.where(hit, tried, result)
+                open_ &= ~hit
+            if not open_.any():
+                return np.asarray(result)
+    return None
+
+
+def _same_rows(left: Array, right: Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which rows agree in all bits."""
+    return np.asarray((as_bits(np.ascontiguousarray(left)) == as_bits(right)).all(axis=1))
+
+
+def find_folded_biases(pool: Pool, wanted: Array, weights: Mapping[BatchNormFold, Array]) -> list[Expression]:
     """The ways in which a bias is the partner of a folded weight, bit for bit.
 
     Args:
         pool: the checkpoint.
-        wanted: the bias, [C] or [1, C, 1, 1].
-        weights: the folded weights found so far.
+        wanted: the bias, [C].
+        weights: the folded weights found so far, with their scales.
     """
     found: list[Expression] = []
     if wanted.dtype.kind != "f":
         return found
-    for weight in weights:
-        if pool.specs[weight.mean].size != wanted.size:
+    for weight, scale in weights.items():
+        if wanted.shape != scale.shape:
             continue
-        own = [name for name in _siblings(pool, weight) if pool.specs[name].shape == pool.specs[weight.mean].shape]
+        own = [name for name in _siblings(pool, weight) if pool.specs[name].shape == wanted.shape]
         for of, form in itertools.product([*(Stored(name) for name in own), None], BiasForm):
             norm = BatchNorm(weight.mean, weight.variance, weight.gamma, weight.beta)
             fold = _fold(FoldPart.BIAS, of, norm, weight.epsilon, weight.axis, weight.scale_form, form)
-            value = evaluate(fold, pool.read)
-            if same_bits(wanted, value):
+            if same_bits(wanted, folded_bias(fold, scale, pool.read)):
                 found.append(fold)
                 break
     return found

@@ -14,13 +14,14 @@ from onnx_refit.weights.provenance.expression import (
     Reshape,
     Slice,
     Stored,
+    Take,
     Transpose,
     describe,
     tensors_of,
 )
 
 _REACH = 6  # neighbours looked at on each side
-_NAME, _PATH, _NEIGHBOUR, _ORDER = 2.0, 1.5, 1.2, 0.6
+_NAME, _PATH, _NEIGHBOUR, _ORDER, _ROLE = 2.0, 1.5, 1.2, 0.6, 1.0
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class Chooser:
         score = _NAME * name_agreement(telling(weight), words)
         paths = [path_agreement(self._tokens(use.node), words) for use in self._clues.uses.get(weight, ())]
         score += _PATH * max(paths, default=0.0)
+        if words and self._clues.fits_role(weight, words[-1]):
+            score += _ROLE
         total = sum(clue for clue, _, _ in around)
         if total:
             score += _NEIGHBOUR * sum(c * shared_prefix(self._tokens(t), words) for c, t, _ in around) / total
@@ -193,7 +196,7 @@ def _main(expression: Expression) -> str:
 def _stored(expression: Expression) -> object:
     """What must not be used twice: a tensor however it is arranged, but each piece of one by itself."""
     match expression:
-        case Stored() | Slice() | Concat():
+        case Stored() | Slice() | Concat() | Take():
             return expression
         case Reshape(of, _) | Transpose(of, _):
             return _stored(of)

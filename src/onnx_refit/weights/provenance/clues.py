@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx
 
@@ -33,6 +34,25 @@ class Use:
     node: str
     op: str
     index: int
+
+
+# What the inputs of operators are called in checkpoints, by the last word of the name.
+_SCALES = frozenset({"weight", "gamma", "scale", "kernel", "w"})
+_BIASES = frozenset({"bias", "beta", "b"})
+_ROLES: dict[tuple[str, int], frozenset[str]] = {
+    ("BatchNormalization", 1): _SCALES,
+    ("BatchNormalization", 2): _BIASES,
+    ("BatchNormalization", 3): frozenset({"mean"}),
+    ("BatchNormalization", 4): frozenset({"var", "variance"}),
+    ("MatMul", 1): _SCALES,
+} | {
+    (op, index): role
+    for op in ("Conv", "ConvTranspose", "Gemm", "LayerNormalization", "InstanceNormalization", "GroupNormalization")
+    for index, role in ((1, _SCALES), (2, _BIASES))
+}
+
+# Initial states of recurrent operators: by operator, the inputs that hold them.
+_STATES = {"LSTM": {5, 6}, "GRU": {5}, "RNN": {5}}
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,32 @@ class Clues:
 
         walk(model.graph)
         return cls(tuple(uses), {name: tuple(found) for name, found in uses.items()})
+
+    def is_state(self, name: str) -> bool:
+        """Whether a weight is only ever the initial state of a recurrent operator."""
+        uses = self.uses.get(name, ())
+        return bool(uses) and all(use.index in _STATES.get(use.op, ()) for use in uses)
+
+    def fits_role(self, name: str, last_word: str) -> bool:
+        """Whether a tensor whose name ends so is what some operator reads at the place of this weight."""
+        return any(last_word in _ROLES.get((use.op, use.index), ()) for use in self.uses.get(name, ()))
+
+    def partner(self, name: str) -> str | None:
+        """The weight that the node which adds this bias multiplies with, None where the graph does not say."""
+        for use in self.uses.get(name, ()):
+            if use.index == 2 and (use.node, use.op) in self._factors:
+                return self._factors[use.node, use.op]
+        return None
+
+    @cached_property
+    def _factors(self) -> dict[tuple[str, str], str]:
+        """The weight at input 1 of each node that also adds a bias."""
+        return {
+            (use.node, use.op): name
+            for name, uses in self.uses.items()
+            for use in uses
+            if use.index == 1 and use.op in ("Conv", "ConvTranspose", "Gemm")
+        }
 
     def sorted(self, names: Iterable[str]) -> list[str]:
         """Weights in graph order; those without a use come last, in the order given."""

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from onnx_refit.errors import ModelError, WeightsFormatError
-from onnx_refit.tensors import dtype_name
+from onnx_refit.tensors import dtype_name, is_floating, numpy_dtype
 from onnx_refit.weights.provenance.expression import (
     BatchNormFold,
     BiasForm,
@@ -20,12 +20,14 @@ from onnx_refit.weights.provenance.expression import (
     ScaleForm,
     Slice,
     Stored,
+    Take,
     Transpose,
 )
 
 _MAX_DEPTH = 16
 _MAX_PARTS = 4096
 _MAX_RANK = 32
+_MAX_INDICES = 1_000_000
 
 
 def expression_to_json(expression: Expression) -> Any:
@@ -43,6 +45,8 @@ def expression_to_json(expression: Expression) -> Any:
             return {"op": "slice", "of": expression_to_json(of), "axis": axis, "start": start, "stop": stop}
         case Concat(parts, axis):
             return {"op": "concat", "parts": [expression_to_json(part) for part in parts], "axis": axis}
+        case Take(of, axis, indices):
+            return {"op": "take", "of": expression_to_json(of), "axis": axis, "indices": list(indices)}
         case Scale(of, by, how):
             return {"op": "scale", "of": expression_to_json(of), "by": by, "how": how.value}
         case BatchNormFold():
@@ -94,15 +98,19 @@ def _decode(value: dict[str, Any], depth: int) -> Expression:
                 raise ValueError("perm")
             return Transpose(of, perm)
         case "convert":
-            return Convert(of, dtype_name(_text(value["dtype"])) if value["dtype"] not in _EXTRA else value["dtype"])
+            dtype = _text(value["dtype"])
+            return Convert(of, dtype if is_floating(dtype_name(numpy_dtype(dtype))) else _no_float(dtype))
         case "slice":
             return Slice(of, _whole(value["axis"]), _whole(value["start"]), _whole(value["stop"]))
+        case "take":
+            return Take(of, _whole(value["axis"]), _wholes(value["indices"], _MAX_INDICES))
         case "scale":
             return Scale(of, _real(value["by"]), Factor(value["how"]))
     raise ValueError(f"op {op!r}")
 
 
-_EXTRA = ("bfloat16", "float8e4m3fn", "float8e5m2")
+def _no_float(dtype: str) -> str:
+    raise ValueError(f"{dtype} is no floating-point dtype")
 
 
 def _decode_fold(value: dict[str, Any], of: Expression | None) -> BatchNormFold:
@@ -132,8 +140,8 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _wholes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > _MAX_RANK:
+def _wholes(value: Any, most: int = _MAX_RANK) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > most:
         raise TypeError("list of whole numbers expected")
     return tuple(_whole(v) for v in value)
 

@@ -96,6 +96,15 @@ class Concat:
 
 
 @dataclass(frozen=True, slots=True)
+class Take:
+    """The lines along an axis at some indices, in their order, repeats included."""
+
+    of: Expression
+    axis: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """Every element multiplied with or divided by a constant, in the dtype of the tensor."""
 
@@ -130,7 +139,7 @@ class BatchNormFold:
     bias_form: BiasForm
 
 
-Expression: TypeAlias = Stored | Reshape | Transpose | Convert | Slice | Concat | Scale | BatchNormFold
+Expression: TypeAlias = Stored | Reshape | Transpose | Convert | Slice | Concat | Take | Scale | BatchNormFold
 
 
 def evaluate(expression: Expression, read: Reader) -> Array:
@@ -168,6 +177,8 @@ def _evaluate(expression: Expression, read: Reader) -> Array:
             return whole[(slice(None),) * axis + (slice(start, stop),)]
         case Concat(parts, axis):
             return np.concatenate([_evaluate(part, read) for part in parts], axis)
+        case Take(of, axis, indices):
+            return _evaluate(of, read).take(indices, axis)
         case Scale(of, by, how):
             values = _evaluate(of, read)
             factor = np.asarray(by).astype(values.dtype)
@@ -177,26 +188,21 @@ def _evaluate(expression: Expression, read: Reader) -> Array:
             return _fold(expression, read)
 
 
-def _fold(fold: BatchNormFold, read: Reader) -> Array:
+def batch_norm_scale(fold: BatchNormFold, read: Reader) -> Array:
+    """The factor of each channel, [C]: gamma / sqrt(variance + epsilon) in the order the fold says."""
     # Any: NumPy's types have no arithmetic on arrays of an unknown dtype.
     variance: Any = read(fold.variance)
-    mean: Any = read(fold.mean)
-    dtype = variance.dtype
     gamma: Any = np.ones_like(variance) if fold.gamma is None else read(fold.gamma)
+    one = np.asarray(1).astype(variance.dtype)
+    deviation = np.sqrt(variance + np.asarray(fold.epsilon).astype(variance.dtype))
+    scale: Array = gamma / deviation if fold.scale_form is ScaleForm.DIVIDED else gamma * (one / deviation)
+    return scale
+
+
+def folded_bias(fold: BatchNormFold, scale: Any, read: Reader) -> Array:
+    """The bias of a folded layer, [C], with a given scale."""
+    mean: Any = read(fold.mean)
     beta: Any = np.zeros_like(mean) if fold.beta is None else read(fold.beta)
-    deviation = np.sqrt(variance + np.asarray(fold.epsilon).astype(dtype))
-    if fold.scale_form is ScaleForm.DIVIDED:
-        scale = gamma / deviation
-    else:
-        scale = gamma * (np.asarray(1).astype(dtype) / deviation)
-    if fold.part is FoldPart.WEIGHT:
-        if fold.of is None:
-            raise WeightsError("a folded weight needs the layer's weight")
-        weight: Any = _evaluate(fold.of, read)
-        shape = [1] * weight.ndim
-        shape[fold.axis] = -1
-        folded: Array = weight * scale.reshape(shape)
-        return folded
     bias: Any = np.zeros_like(mean) if fold.of is None else _evaluate(fold.of, read)
     result: Array
     if fold.bias_form is BiasForm.SHIFT_SCALE:
@@ -206,6 +212,19 @@ def _fold(fold: BatchNormFold, read: Reader) -> Array:
     else:
         result = (bias * scale - mean * scale) + beta
     return result
+
+
+def _fold(fold: BatchNormFold, read: Reader) -> Array:
+    scale: Any = batch_norm_scale(fold, read)
+    if fold.part is FoldPart.BIAS:
+        return folded_bias(fold, scale, read)
+    if fold.of is None:
+        raise WeightsError("a folded weight needs the layer's weight", where=fold.mean)
+    weight: Any = _evaluate(fold.of, read)
+    shape = [1] * weight.ndim
+    shape[fold.axis] = -1
+    folded: Array = weight * scale.reshape(shape)
+    return folded
 
 
 def tensors_of(expression: Expression) -> Iterator[str]:
@@ -219,7 +238,9 @@ def tensors_of(expression: Expression) -> Iterator[str]:
         case BatchNormFold():
             if expression.of is not None:
                 yield from tensors_of(expression.of)
-            tensors = (expression.gamma, expression.beta, expression.mean, expression.variance)
+            tensors: tuple[str | None, ...] = (expression.gamma, expression.variance)
+            if expression.part is FoldPart.BIAS:
+                tensors = (*tensors, expression.beta, expression.mean)
             yield from (tensor for tensor in tensors if tensor is not None)
         case _:
             yield from tensors_of(expression.of)
@@ -262,6 +283,8 @@ def describe(expression: Expression) -> str:
             return f"slice({describe(of)}, axis {axis}, {start}:{stop})"
         case Concat(parts, axis):
             return f"concat({', '.join(describe(part) for part in parts)}, axis {axis})"
+        case Take(of, axis, indices):
+            return f"take({describe(of)}, axis {axis}, {len(indices)} indices)"
         case Scale(of, by, how):
             return f"{describe(of)} {'*' if how is Factor.MULTIPLY else '/'} {by}"
         case BatchNormFold():

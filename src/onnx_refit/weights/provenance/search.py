@@ -13,6 +13,7 @@ from onnx_refit.weights.provenance.clues import Clues
 from onnx_refit.weights.provenance.expression import BatchNormFold, Convert, Expression, Stored
 from onnx_refit.weights.provenance.parts import find_concatenations, find_slices
 from onnx_refit.weights.provenance.pool import Pool
+from onnx_refit.weights.provenance.rows import find_rows
 from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.source import WeightSource
 
@@ -31,20 +32,38 @@ def search(
     named = {name: Stored(name) for name, array in weights.items() if _same_by_name(pool, name, array)}
     options: dict[str, list[Expression]] = {}
     constants: list[str] = []
+    scales: dict[BatchNormFold, Array] = {}
     for name, array in weights.items():
         if name in named or array.dtype.kind == "O" or dtype_name(array.dtype) == "complex128":
             continue
+        constant = is_constant(array)
+        if constant and clues.is_state(name):
+            continue  # zeros, and no parameter, whatever else is zero
         found = _arranged(pool, array)
-        if is_constant(array):
+        if constant:
             constants.append(name)
         elif not found:
-            found = find_concatenations(pool, array) or find_slices(pool, array) or find_scales(pool, array)
-            found = found or find_folded_weights(pool, array)
+            found = _derived(pool, array, scales)
         if found:
             options[name] = found
-    _add_folded_biases(pool, weights, named, options)
+    _add_folded_biases(pool, weights, named, options, clues, scales)
     _add_analogies(pool, weights, named, options, constants, clues)
     return Chooser(clues, pool.position).choose(named, options)
+
+
+def _derived(pool: Pool, array: Array, scales: dict[BatchNormFold, Array]) -> list[Expression]:
+    """How a weight that is no single tensor is made, trying the plainest operations first.
+
+    Folds come before scales: a BatchNorm that was never trained scales all channels alike. The scales of folds are
+    added to ``scales``.
+    """
+    for find in (find_concatenations, find_slices, find_rows):
+        found = find(pool, array)
+        if found:
+            return found
+    folds = find_folded_weights(pool, array)
+    scales.update(folds)
+    return list(folds) or find_scales(pool, array)
 
 
 def _same_by_name(pool: Pool, name: str, array: Array) -> bool:
@@ -78,14 +97,26 @@ def _first(ways: Iterable[Expression]) -> list[Expression]:
 
 
 def _add_folded_biases(
-    pool: Pool, weights: Mapping[str, Array], named: Mapping[str, Expression], options: dict[str, list[Expression]]
+    pool: Pool,
+    weights: Mapping[str, Array],
+    named: dict[str, Stored],
+    options: dict[str, list[Expression]],
+    clues: Clues,
+    scales: Mapping[BatchNormFold, Array],
 ) -> None:
-    folds = [e for found in options.values() for e in found if isinstance(e, BatchNormFold)]
-    if not folds:
+    """Explain the biases of folded layers; beside a folded weight that explanation beats any other."""
+    folds = {name: [e for e in found if isinstance(e, BatchNormFold)] for name, found in options.items()}
+    if not scales:
         return
     for name, array in weights.items():
-        if name not in named and name not in options:
-            found = find_folded_biases(pool, array, folds)
+        beside = folds.get(clues.partner(name) or "", [])
+        if beside:
+            found = find_folded_biases(pool, array, {fold: scales[fold] for fold in beside})
+            if found:
+                named.pop(name, None)
+                options[name] = found
+        elif name not in named and name not in options:
+            found = find_folded_biases(pool, array, scales)
             if found:
                 options[name] = found
 
