@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,12 +20,12 @@ from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype
 node = helper.make_node
 
 
-def array(seed: int, *shape: int, dtype: str = "float32") -> Array:
+def array(seed: int, *shape: int, dtype: str = "float32") -> Any:
     values = np.random.default_rng(seed).standard_normal(shape)
     return np.asarray(values.astype(numpy_dtype(dtype)))
 
 
-def positive(seed: int, *shape: int, dtype: str = "float32") -> Array:
+def positive(seed: int, *shape: int, dtype: str = "float32") -> Any:
     return np.asarray((np.abs(array(seed, *shape)) + 0.5).astype(numpy_dtype(dtype)))
 
 

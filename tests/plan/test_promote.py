@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_refit.errors import ModelError, UnsupportedModelError
 from onnx_refit.plan.compile import Compilation, CompileOptions, compile_model
@@ -459,3 +459,71 @@ def test_the_weight_scale_of_dynamic_quantisation_is_a_source() -> None:
         },
     )
     assert source_names(check(proto, {"x": X}).compiled) == {"w", "ws", "wz"}
+
+
+def test_an_initial_state_of_zeros_is_constant_and_a_learned_one_is_not() -> None:
+    def lstm(state: Array) -> ModelProto:
+        return model(
+            [
+                node("Expand", ["h0", "s"], ["h"]),
+                node("LSTM", ["x", "w", "r", "", "", "h", "c0"], ["y"], hidden_size=5),
+            ],
+            {"x": [3, 2, 4]},
+            ["y"],
+            {
+                "w": array(1, 1, 20, 4),
+                "r": array(2, 1, 20, 5),
+                "h0": state,
+                "c0": np.zeros((1, 2, 5), np.float32),
+                "s": np.array([1, 2, 5]),
+            },
+        )
+
+    zeros = check(lstm(np.zeros((1, 1, 5), np.float32)), {"x": array(0, 3, 2, 4)})
+    assert source_names(zeros.compiled) == {"w", "r"}
+    assert "state of zeros" in reasons(zeros.compiled, Verdict.REJECTED)["h0"]
+    learned = check(lstm(array(3, 1, 1, 5)), {"x": array(0, 3, 2, 4)})
+    assert source_names(learned.compiled) == {"w", "r", "h0"}
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
+def test_a_mask_is_constant(low: float) -> None:
+    mask = np.where(np.tri(3, dtype=bool), 0, low).astype(np.float32)
+    proto = model(
+        [node("MatMul", ["x", "w"], ["s"]), node("Add", ["s", "mask"], ["a"]), node("Softmax", ["a"], ["y"])],
+        {"x": [3, 4]},
+        ["y"],
+        {"w": array(1, 4, 3), "mask": mask},
+    )
+    compilation = check(proto, {"x": X})
+    assert source_names(compilation.compiled) == {"w"}
+    assert "mask" in reasons(compilation.compiled, Verdict.REJECTED)["mask"]
+
+
+def test_constant_nodes_of_ones_and_zeros_are_no_parameters_but_initializers_are() -> None:
+    """Exporters write GroupNormalization as InstanceNormalization by ones and zeros; a new model's bias is zero too."""
+    proto = model(
+        [
+            node("Constant", [], ["one"], value=numpy_helper.from_array(np.ones(4, np.float32))),
+            node("Constant", [], ["zero"], value=numpy_helper.from_array(np.zeros(4, np.float32))),
+            node("InstanceNormalization", ["x", "one", "zero"], ["n"]),
+            node("Mul", ["n", "gain"], ["y"]),
+        ],
+        {"x": [1, 4, 9]},
+        ["y"],
+        {"gain": np.ones((4, 1), np.float32)},
+    )
+    assert source_names(check(proto, {"x": array(0, 1, 4, 9)}).compiled) == {"gain"}
+
+
+def test_operands_of_resize_are_seen_through_casts() -> None:
+    proto = model(
+        [
+            node("Cast", ["scales"], ["f"], to=TensorProto.FLOAT),
+            node("Resize", ["x", "", "f"], ["y"]),
+        ],
+        {"x": [1, 1, 3, 4]},
+        ["y"],
+        {"scales": np.array([1, 1, 2, 2], np.float64)},
+    )
+    assert not source_names(check(proto, {"x": array(3, 1, 1, 3, 4)}).compiled)

@@ -14,21 +14,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 
 from onnx_refit.errors import ModelError
 from onnx_refit.model.graph import Names, all_graphs, attribute, value_names
 from onnx_refit.plan.compiled import SourceWeight
 from onnx_refit.plan.draft import Draft
+from onnx_refit.plan.judge import Judge, Use
 from onnx_refit.plan.program import ProgramBuilder
-from onnx_refit.plan.roles import Role, main_operand, role
 from onnx_refit.plan.strip import Stored, strip
 from onnx_refit.tensors import Array, dtype_name, is_floating, spec_of
-
-_REARRANGING = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Cast", "Identity", "Expand", "Tile"}
-_ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Gather", "Sum"}
-
-Use = tuple[NodeProto, int]
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def uses_of(draft: Draft) -> dict[str, list[Use]]:
 def _sort(draft: Draft, tensors: Mapping[str, Stored], wished: frozenset[str], refused: frozenset[str]) -> Promoted:
     uses = uses_of(draft)
     outputs = {value.name for graph in draft.graphs() for value in graph.output}
-    judge = _Judge(tensors, uses, outputs)
+    judge = Judge(tensors, uses)
     sources, weights, silent = [], {}, 0
     for name, stored in tensors.items():
         if name not in uses and name not in outputs:
@@ -105,97 +100,6 @@ def _sort(draft: Draft, tensors: Mapping[str, Stored], wished: frozenset[str], r
     if silent:
         draft.reject("Constant nodes", "make refittable", f"{silent} hold integers, truth values or text")
     return Promoted(draft, tuple(sources), weights)
-
-
-class _Judge:
-    """Decides which tensors are refittable by default."""
-
-    def __init__(self, tensors: Mapping[str, Stored], uses: Mapping[str, list[Use]], outputs: Collection[str]) -> None:
-        self.tensors = tensors
-        self.uses = uses
-        self.outputs = outputs
-        self.producers = {output: node for readers in uses.values() for node, _ in readers for output in node.output}
-
-    def reason_constant(self, name: str) -> str | None:
-        """Why the tensor stays constant, or None where it is refittable."""
-        stored = self.tensors[name]
-        kind = dtype_name(stored.array.dtype)
-        uses = self.uses.get(name, [])
-        roles = {role(node, index) for node, index in uses}
-        if any(self._quantised(node, index) for node, index in uses):
-            return self._reason_quantised(stored.array, uses)
-        if not is_floating(kind):
-            return f"it is not a floating-point parameter ({kind})"
-        if Role.STRUCTURE in roles:
-            node, index = next(use for use in uses if role(*use) is Role.STRUCTURE)
-            return f"it is structure of {node.op_type} (input {index}), not a parameter"
-        if stored.array.size == 0:
-            return "it is empty"
-        if stored.origin == "constant-of-shape" and not any(self._feeds_parameter(use) for use in uses):
-            return "it is filled by ConstantOfShape and no operator reads it as a parameter"
-        if stored.array.size == 1 and not self._is_parameter(uses):
-            return "it has one element"
-        return None
-
-    def _quantised(self, node: NodeProto, index: int) -> bool:
-        if role(node, index) is not Role.QUANTISED:
-            return self._dynamic_scale(node, index)
-        main = main_operand(node)
-        return index == main or (main < len(node.input) and node.input[main] in self.tensors)
-
-    def _dynamic_scale(self, node: NodeProto, index: int) -> bool:
-        """The weight scale of the dynamic form: MatMulInteger(x, W) -> Cast -> Mul(., Mul(x_scale, w_scale))."""
-        if node.op_type != "Mul" or self.tensors[node.input[index]].array.size != 1:
-            return False
-        for outer, at in self.uses.get(node.output[0], []):
-            other = self.producers.get(outer.input[1 - at]) if outer.op_type == "Mul" else None
-            if other is None or other.op_type != "Cast":
-                continue
-            product = self.producers.get(other.input[0])
-            if product is not None and product.op_type in {"MatMulInteger", "ConvInteger"}:
-                return product.input[1] in self.tensors
-        return False
-
-    def _reason_quantised(self, array: Array, uses: list[Use]) -> str | None:
-        signed_point = dtype_name(array.dtype) in {"int8", "int4", "int32"} and not array.astype(np.int32).any()
-        if signed_point and all(self._is_zero_point(node, index) for node, index in uses):
-            return "it is the zero point of a symmetric quantisation"
-        return None
-
-    @staticmethod
-    def _is_zero_point(node: NodeProto, index: int) -> bool:
-        points = {
-            "DequantizeLinear": {2},
-            "QLinearConv": {5},
-            "QLinearMatMul": {5},
-            "ConvInteger": {3},
-            "MatMulInteger": {3},
-            "DynamicQuantizeMatMul": {3},
-            "MatMulIntegerToFloat": {5},
-            "QGemm": {5},
-        }
-        return index in points.get(node.op_type, set())
-
-    def _is_parameter(self, uses: list[Use]) -> bool:
-        return any(role(node, index) is Role.PARAMETER or self._is_bias(node, index) for node, index in uses)
-
-    def _is_bias(self, node: NodeProto, index: int) -> bool:
-        """Whether a one-element operand is added to a product of one column."""
-        if node.op_type != "Add" or self.tensors[node.input[index]].array.ndim != 1:
-            return False
-        product = self.producers.get(node.input[1 - index])
-        return product is not None and product.op_type in {"MatMul", "Gemm"}
-
-    def _feeds_parameter(self, use: Use) -> bool:
-        pending, seen = [use], set()
-        while pending:
-            node, index = pending.pop()
-            if role(node, index) is Role.PARAMETER or node.op_type in _ARITHMETIC:
-                return True
-            if node.op_type in _REARRANGING and index == 0 and node.output[0] not in seen:
-                seen.add(node.output[0])
-                pending.extend(self.uses.get(node.output[0], []))
-        return False
 
 
 def _fill_constant_of_shape(model: ModelProto, tensors: dict[str, Stored]) -> None:
