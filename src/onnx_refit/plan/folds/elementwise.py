@@ -84,8 +84,17 @@ def _is_cheap_constant(site: Site, host: Host, operand: str) -> bool:
     return product and not site.program.is_weight(operand) and math.prod(site.program.shape(operand)) == 1
 
 
+def _is_bias_already(site: Site, host: Host, node: NodeProto, operand: str) -> bool:
+    """Whether the node adds a bias ``[N]``, or a constant, behind a bare MatMul: that is as it should be."""
+    if host.node.op_type != "MatMul" or host.bias is not None or node.op_type not in {"Add", "Sub"}:
+        return False
+    if not site.program.is_weight(operand):
+        return True
+    return node.op_type == "Add" and site.program.shape(operand) == (host.channels,)
+
+
 def _match(site: Site, node: NodeProto) -> tuple[Host, str] | None:
-    """The host and the operand; the Add that is the bias of a bare MatMul is no match, it stays where it is."""
+    """The host and the operand."""
     if len(node.input) != 2:
         return None
     for index in (1, 0) if node.op_type in {"Add", "Mul"} else (1,):
@@ -93,9 +102,7 @@ def _match(site: Site, node: NodeProto) -> tuple[Host, str] | None:
         if operand not in site.program or value in site.program:
             continue
         host = host_of(site, value)
-        if host is None or (host.node.op_type == "MatMul" and host.bias_node is host.node and node.op_type == "Add"):
-            continue
-        if host.node.op_type == "MatMul" and host.bias_node is host.node and node.op_type == "Sub":
+        if host is None or _is_bias_already(site, host, node, operand):
             continue
         return host, operand
     return None
