@@ -127,7 +127,10 @@ def _condition_chain(graph: GraphProto, name: str) -> list[NodeProto] | None:
     made = producers(graph)
     chain: list[NodeProto] = []
     casts = 0
-    while (node := made.get(name)) is not None:
+    for _ in graph.node:  # a bound: a model that was never checked may have a cycle
+        node = made.get(name)
+        if node is None:
+            return None
         chain.append(node)
         if is_onnx(node, "Hardmax"):
             return chain[::-1] if casts else None

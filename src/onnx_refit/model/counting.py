@@ -200,7 +200,10 @@ class SimplifyPositions:
 def _counts_from_zero(graph: GraphProto, name: str, shapes: Shapes) -> bool:
     """Whether a value is 0, 1, 2, ... in some shape and type that is exact for such numbers."""
     made = producers(graph)
-    while (node := made.get(name)) is not None:
+    for _ in graph.node:  # a bound: a model that was never checked may have a cycle
+        node = made.get(name)
+        if node is None:
+            return False
         if is_onnx(node, "Range"):
             first, step = constant_of((graph,), node.input[0]), constant_of((graph,), node.input[2])
             return first is not None and step is not None and first.item() == 0 and step.item() == 1

@@ -116,6 +116,7 @@ class _Extraction:
         if is_output:  # a graph input cannot be a graph output: a node stays between the two
             self.graph.node.insert(0, onnx.helper.make_node("Identity", [name], [target], name=f"{label(node)}_result"))
         place = [value.name for value in self.graph.input].index(source.name)
+        place += sum(one.input == source.name for one in self.before)  # behind the outputs of its other maps
         kept = source.name in consumers(self.graph) or source.name in {value.name for value in self.graph.output}
         if kept:
             self.graph.input.insert(place + 1, info)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from onnx_refit.errors import ModelError, UnsupportedModelError
@@ -89,6 +90,22 @@ def check_structure(model: ModelProto, path: Path | None) -> None:
         )
     if not model.graph.output:
         raise ModelError("the graph has no output", where=path)
+    for text in _texts(model):
+        if not isinstance(text, str):  # protobuf gives bytes where a name is not UTF-8
+            raise ModelError(f"damaged: the name {text!r} is not UTF-8", where=path)
+
+
+def _texts(model: ModelProto) -> Iterator[object]:
+    """All names in a model."""
+    for entry in model.opset_import:
+        yield entry.domain
+    for graph in all_graphs(model.graph):
+        yield graph.name
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            yield value.name
+        for node in graph.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
 
 
 def check_operators(model: ModelProto, path: Path | None) -> None:
@@ -126,7 +143,7 @@ def _check_operator(node: onnx.NodeProto, versions: dict[str, int], path: Path |
         schema = onnx.defs.get_schema(node.op_type, version, domain)
     except onnx.defs.SchemaError as error:
         raise UnsupportedModelError(f"opset {version} has no operator {title}", where=where) from error
-    if schema.deprecated and (domain, node.op_type) not in _runtime_operators():
+    if schema.deprecated:
         raise UnsupportedModelError(f"the operator {title} was withdrawn before opset {version}", where=where)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from onnx_refit.errors import InputError
+from onnx_refit.samples.bidaf import checkpoints
 from onnx_refit.samples.bidaf.convert import onnx_weights
 from onnx_refit.samples.bidaf.network import build_network
 from onnx_refit.samples.bidaf.vocabulary import Vocabulary
@@ -18,16 +19,12 @@ from onnx_refit.weights.source import read_all
 
 def bundled_vocabulary() -> Vocabulary:
     """Words and characters of the bundled model."""
-    from onnx_refit.samples.bidaf import checkpoints
-
     words, chars = checkpoints.load_vocabulary()
     return Vocabulary(tuple(words), tuple(chars))
 
 
 def checkpoint_names() -> tuple[str, ...]:
     """The bundled checkpoints in the order of training; the last one is the trained model."""
-    from onnx_refit.samples.bidaf import checkpoints
-
     return tuple(checkpoints.checkpoint_names())
 
 
@@ -41,12 +38,9 @@ def checkpoint(name: str | None = None) -> Mapping[str, Array]:
         InputError: there is neither such a bundled checkpoint nor such a file.
         WeightsError: the file cannot be read.
     """
-    from onnx_refit.samples.bidaf import checkpoints
-
     known = checkpoint_names()
     if name is None or name in known:
-        tensors: Mapping[str, Array] = checkpoints.load_checkpoint(name or known[-1])
-        return tensors
+        return dict(checkpoints.load_checkpoint(name or known[-1]))
     if not Path(name).is_file():
         raise InputError(f"there is no checkpoint {name}", hint=f"Name a file, or one of {', '.join(known)}")
     source = open_weights(name)
