@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
 from onnx_refit.engine.onnxruntime.derive import Deriver
@@ -11,7 +12,8 @@ from onnx_refit.engine.onnxruntime.native import make_session, session_options, 
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.recover import Recoverer
 from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
-from onnx_refit.engine.onnxruntime.weightset import AtFullSpeed, OnnxRuntimeWeightSet
+from onnx_refit.engine.onnxruntime.tiers import SecondTier, packed_weights
+from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision
@@ -35,13 +37,17 @@ def create(
     Raises:
         EngineError: ONNX Runtime cannot run the model.
     """
-    return OnnxRuntimeBackend(compiled, specialise(compiled, options), options)
+    key = host_key(compiled, optimise=options.optimise)
+    specialised = None if artefact is None else load(artefact, key)
+    return OnnxRuntimeBackend(compiled, specialised or specialise(compiled, options), options, key)
 
 
 class OnnxRuntimeBackend:
     """A compiled model on this host's processor. Thread-safe; make one with ``create``."""
 
-    def __init__(self, compiled: CompiledModel, specialised: Specialised, options: OnnxRuntimeOptions) -> None:
+    def __init__(
+        self, compiled: CompiledModel, specialised: Specialised, options: OnnxRuntimeOptions, key: str
+    ) -> None:
         self._compiled = compiled
         self._specialised = specialised
         sources = {source.spec.name: source.spec for source in compiled.sources}
@@ -53,7 +59,10 @@ class OnnxRuntimeBackend:
         self._recoverer = Recoverer(specialised, sources)
         self._session = make_session(specialised.model, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)
+        self._key = key
         self._closed = False
+        baked = packed_weights(specialised.model, self._specs)
+        self._second = SecondTier(specialised.model, baked, self._specs, options.threads) if baked else None
 
     @property
     def name(self) -> str:
@@ -76,14 +85,14 @@ class OnnxRuntimeBackend:
         return self._specialised.decisions
 
     def artefact(self) -> bytes | None:
-        """The host specialisation, to give to ``create`` again on the same host; None where there is none."""
-        return None
+        """The host specialisation, to give to ``create`` again on the same host."""
+        return dump(self._specialised, self._key)
 
     def required(self, changed: frozenset[str]) -> frozenset[str]:
         """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
         needed: set[str] = set()
         for name in self._deriver.affected(changed):
-            needed |= self._deriver.sources_of(name)
+            needed |= self._deriver.needed_for(name)
         return frozenset(needed)
 
     @property
@@ -112,7 +121,20 @@ class OnnxRuntimeBackend:
         fresh = {name: self._pool.take(self._specs[name]) for name in self._specs if name in renew}
         self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()})
         shared = sum(buffer.spec.nbytes for name, buffer in held.items() if name not in fresh)
-        return OnnxRuntimeWeightSet({**held, **fresh}, shared, self._session, self._outputs, AtFullSpeed())
+        made = self._weight_set({**held, **fresh}, shared)
+        if self._second is not None:
+            earlier = None if base is None else _own(base)
+            if earlier is not None and earlier.full_speed.done() and not self._second.baked & fresh.keys():
+                made.promote(earlier.runner.session)  # it bakes in nothing that changed
+            else:
+                self._second.ask(made)
+        return made
+
+    def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
+        values = {name: buffer.storage.value for name, buffer in buffers.items()}
+        runner = Runner(self._session, values, self._outputs)
+        baked = frozenset() if self._second is None else self._second.baked
+        return OnnxRuntimeWeightSet(buffers, shared, runner, baked, self._outputs)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
@@ -125,6 +147,8 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """End the threads and free the spare buffers; running afterwards raises EngineError."""
         self._closed = True
+        if self._second is not None:
+            self._second.close()
         self._deriver.close()
         self._pool.close()
 

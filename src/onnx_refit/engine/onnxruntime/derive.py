@@ -146,7 +146,8 @@ class Deriver:
         self._writers = {name: _Writer(recipe, sizes, block) for name, recipe in specialised.buffers.items()}
         self._packer = Packer(block) if block > 1 else None
         self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
-        self._sources = {name: self._only_sources(reads) for name, reads in self._reads.items()}
+        self._sources = {n: self._only_sources(reads, self._program.sources_of) for n, reads in self._reads.items()}
+        self._needed = {n: self._only_sources(reads, self._program.needed_for) for n, reads in self._reads.items()}
         self._readers: dict[str, set[str]] = {}
         for name, sources in self._sources.items():
             for source in sources:
@@ -162,18 +163,19 @@ class Deriver:
                 names |= self._closure(self._staged[name])
         return frozenset(names)
 
-    def _only_sources(self, names: Iterable[str]) -> frozenset[str]:
+    @staticmethod
+    def _only_sources(names: Iterable[str], through: Callable[[str], frozenset[str]]) -> frozenset[str]:
         found: set[str] = set()
         for name in names:
             if name.startswith(SOURCE):
                 found.add(name.removeprefix(SOURCE))
             elif name.startswith(COMPUTED):
-                found |= self._program.sources_of(name.removeprefix(COMPUTED))
+                found |= through(name.removeprefix(COMPUTED))
         return frozenset(found)
 
-    def sources_of(self, name: str) -> frozenset[str]:
-        """The source weights that an engine weight is derived from."""
-        return self._sources[name]
+    def needed_for(self, name: str) -> frozenset[str]:
+        """The source weights that deriving an engine weight takes."""
+        return self._needed[name]
 
     def affected(self, changed: Iterable[str]) -> frozenset[str]:
         """The engine weights that read one of these source weights."""

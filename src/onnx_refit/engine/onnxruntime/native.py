@@ -43,6 +43,11 @@ def wrap(array: Array) -> Value:
     return capi.OrtValue.ortvalue_from_numpy(array, _DEVICE)
 
 
+def public_value(value: Value) -> ort.OrtValue:
+    """The public OrtValue around a C one."""
+    return ort.OrtValue(value)
+
+
 def unwrap(value: Value) -> Array:
     """The array of an OrtValue, over its own memory where NumPy has the type."""
     raw = _RAW_BY_ONNX.get(value.element_type())

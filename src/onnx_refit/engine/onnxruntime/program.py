@@ -40,6 +40,10 @@ class Program:
         """The source weights that a value is computed from."""
         return self._inputs[value]
 
+    def needed_for(self, value: str) -> frozenset[str]:
+        """The source weights that computing a value takes: those of every value it is computed together with."""
+        return frozenset().union(*(self._inputs[name] for name in self._groups[value]))
+
     def compute(self, wanted: Iterable[str], sources: Mapping[str, Array]) -> dict[str, Array]:
         """Values by name (at least the wanted ones).
 

@@ -2,51 +2,104 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
 
 from onnx_refit.engine.onnxruntime.buffers import Buffer
-from onnx_refit.engine.onnxruntime.native import Binding
-from onnx_refit.engine.protocol import FullSpeed
+from onnx_refit.engine.onnxruntime.native import Binding, Value
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array
 
 
-class AtFullSpeed:
-    """The ``FullSpeed`` of a weight set that has only one tier."""
+class Tiers:
+    """When a weight set reaches its last tier: a ``FullSpeed``.
+
+    Args:
+        done: whether the first tier is the last.
+    """
+
+    def __init__(self, *, done: bool) -> None:
+        self._decided = threading.Event()
+        self._reached = done
+        if done:
+            self._decided.set()
+
+    def decide(self, *, reached: bool) -> None:
+        """The last tier was reached, or never will be."""
+        self._reached = reached
+        self._decided.set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """True, at once."""
-        return True
+        """Block until full speed, or for ``timeout`` seconds, or until it is sure never to come; whether it came."""
+        self._decided.wait(timeout)
+        return self._reached
 
     def done(self) -> bool:
-        """True."""
-        return True
+        """Whether full speed was reached."""
+        return self._reached
+
+
+class Runner:
+    """A session with the weights of one set bound to it. Thread-safe.
+
+    A binding serves one request at a time, so there is a stack of idle ones: as many as requests were ever in flight
+    together.
+
+    Args:
+        session: the session.
+        values: the weights that are inputs of it.
+        outputs: the outputs to compute.
+    """
+
+    def __init__(self, session: ort.InferenceSession, values: Mapping[str, Value], outputs: Sequence[str]) -> None:
+        self.session = session
+        self._values = values
+        self._outputs = tuple(outputs)
+        self._idle: list[Binding] = []
+
+    def run(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """Run one inference; EngineError where ONNX Runtime fails."""
+        try:
+            binding = self._idle.pop()
+        except IndexError:
+            binding = Binding(self.session, self._values, self._outputs)
+        try:
+            # Not given back after a failure: what it then holds is unknown.
+            results = binding.run((name, np.ascontiguousarray(array)) for name, array in inputs.items())
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise EngineError(f"ONNX Runtime failed: {error}") from error
+        self._idle.append(binding)
+        return results
 
 
 class OnnxRuntimeWeightSet:
     """One immutable set of engine weights, with what runs it. Thread-safe.
 
-    A binding serves one request at a time, so the set keeps a stack of idle ones: as many as requests were ever in
-    flight together.
+    Args:
+        buffers: every engine weight.
+        shared_nbytes: bytes of those that another set has too.
+        runner: what runs it at first.
+        baked: the weights that a second tier bakes in; empty where there is no second tier.
+        outputs: the model's outputs.
     """
 
     def __init__(
         self,
         buffers: Mapping[str, Buffer],
         shared_nbytes: int,
-        session: ort.InferenceSession,
+        runner: Runner,
+        baked: frozenset[str],
         outputs: Sequence[str],
-        full_speed: FullSpeed,
     ) -> None:
         self.buffers = buffers
+        self.runner = runner
         self._shared = shared_nbytes
-        self._session = session
+        self._baked = baked
         self._outputs = tuple(outputs)
-        self._full_speed = full_speed
-        self._idle: list[Binding] = []
+        self._tiers = Tiers(done=not baked)
 
     @property
     def nbytes(self) -> int:
@@ -59,21 +112,21 @@ class OnnxRuntimeWeightSet:
         return self._shared
 
     @property
-    def full_speed(self) -> FullSpeed:
+    def full_speed(self) -> Tiers:
         """When this set reaches its last tier of speed."""
-        return self._full_speed
+        return self._tiers
+
+    def values(self) -> dict[str, Value]:
+        """Engine weight -> value."""
+        return {name: buffer.storage.value for name, buffer in self.buffers.items()}
+
+    def promote(self, session: ort.InferenceSession | None) -> None:
+        """Run on this session from now on, which holds the baked weights itself; None: it will never come."""
+        if session is not None:
+            rest = {name: value for name, value in self.values().items() if name not in self._baked}
+            self.runner = Runner(session, rest, self._outputs)
+        self._tiers.decide(reached=session is not None)
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; outputs in the model's order; EngineError where ONNX Runtime fails."""
-        try:
-            binding = self._idle.pop()
-        except IndexError:
-            values = {name: buffer.storage.value for name, buffer in self.buffers.items()}
-            binding = Binding(self._session, values, self._outputs)
-        try:
-            # Not given back after a failure: what it then holds is unknown.
-            results = binding.run((name, np.ascontiguousarray(array)) for name, array in inputs.items())
-        except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise EngineError(f"ONNX Runtime failed: {error}") from error
-        self._idle.append(binding)
-        return results
+        return self.runner.run(inputs)

@@ -80,30 +80,34 @@ def _bound(graph: onnx.GraphProto) -> set[str]:
 def write(model: onnx.ModelProto, weights: Sequence[TensorSpec], values: Values, folder: Path) -> Path:
     """Write the model and its weights to a folder; ``model`` comes from ``with_initializers``."""
     layout = _layout(weights)
+    small: dict[str, bytes] = {}
+    with (folder / WEIGHTS_FILE).open("wb") as data:
+        for spec in weights:
+            data.seek(layout[spec.name])
+            for first in range(0, spec.size, _CHUNK):
+                chunk = values(spec, first, min(_CHUNK, spec.size - first)).view(np.uint8).data
+                data.write(chunk)
+                if spec.nbytes < _INLINE:
+                    small[spec.name] = bytes(chunk)
+        data.truncate(max(1, data.tell()))
     file = onnx.ModelProto()
     file.CopyFrom(model)
     specs = {spec.name: spec for spec in weights}
     for graph in all_graphs(file.graph):
         for tensor in graph.initializer:
-            spec = specs.get(tensor.name)
-            if spec is None:
+            owner = specs.get(tensor.name)
+            if owner is None:
                 continue
-            if spec.nbytes < _INLINE:
-                tensor.raw_data = values(spec, 0, spec.size).tobytes()
+            if tensor.name in small:
+                tensor.raw_data = small[tensor.name]
                 continue
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in (
                 ("location", WEIGHTS_FILE),
-                ("offset", str(layout[spec.name])),
-                ("length", str(spec.nbytes)),
+                ("offset", str(layout[owner.name])),
+                ("length", str(owner.nbytes)),
             ):
                 tensor.external_data.add(key=key, value=value)
-    with (folder / WEIGHTS_FILE).open("wb") as data:
-        for spec in weights:
-            data.seek(layout[spec.name])
-            for first in range(0, spec.size, _CHUNK):
-                data.write(values(spec, first, min(_CHUNK, spec.size - first)).view(np.uint8).data)
-        data.truncate(max(1, data.tell()))
     path = folder / "model.onnx"
     path.write_bytes(file.SerializeToString())
     return path
