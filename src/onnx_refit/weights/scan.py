@@ -48,7 +48,9 @@ def all_finite(array: Array) -> bool:
     if values.dtype == np.float32 or values.dtype == np.float64:
         # A sum of squares cannot cancel, so it is finite only if every element is. Where large elements overflow it,
         # look again the slow way.
-        if np.isfinite(np.dot(values, values)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.dot(values, values)
+        if np.isfinite(total):
             return True
         return all(bool(np.isfinite(values[i : i + _CHUNK]).all()) for i in range(0, values.size, _CHUNK))
     limit = _NOT_FINITE_FROM.get(dtype_name(values.dtype))
@@ -199,7 +201,10 @@ def _differs(values: Array, converted: Array) -> np.ndarray[tuple[int], np.dtype
     differs: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.asarray(back != values)
     if values.dtype.kind not in "iu":
         return differs & ~(np.isnan(back) & np.isnan(values))
-    if converted.dtype.kind not in "iu":
+    if converted.dtype.kind in "iu":
+        # Between signed and unsigned the way back undoes the wrap: look at the signs.
+        differs |= np.less(converted, 0) != np.less(values, 0)
+    else:
         # The way back to an integer may saturate to the very value that was lost: ask the float itself.
         real = converted.astype(np.float64)
         differs |= real != values.astype(np.float64)
