@@ -14,9 +14,15 @@ from onnx_refit.samples.bidaf.training.corpus import Corpus
 from onnx_refit.samples.bidaf.training.evaluation import evaluate
 from onnx_refit.samples.bidaf.training.files import write_json
 from onnx_refit.samples.bidaf.training.loop import choose_device
-from onnx_refit.samples.bidaf.training.model import Bidaf
+from onnx_refit.samples.bidaf.training.model import Bidaf, Weights
 from onnx_refit.samples.bidaf.training.pack import encode, write_checkpoint, write_trained, write_vocabulary
 from onnx_refit.samples.bidaf.training.weights import mean_weights
+
+
+def read(path: Path, words: int) -> Weights:
+    """Read weights; a corpus of fewer words (a lower --glove-rank) drops the last rows of the word table."""
+    weights = mean_weights([path])
+    return weights | {"word_emb": weights["word_emb"][:words]}
 
 
 def main() -> int:
@@ -37,11 +43,11 @@ def main() -> int:
         split = DeviceSplit(corpus.dev, device, arguments.dev_limit)
         model = Bidaf(corpus).to(device)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        final = mean_weights([arguments.weights])
+        final = read(arguments.weights, len(corpus.words))
         index = []
         for entry in [*arguments.earlier, f"{checkpoints.FINAL}={arguments.weights}"]:
             name, _, source = entry.partition("=")
-            weights = mean_weights([Path(source)])
+            weights = read(Path(source), len(corpus.words))
             if name == checkpoints.FINAL:
                 file = "weights.safetensors"
                 metadata = {"model": "BiDAF", "licence": "CC-BY-SA-4.0"}

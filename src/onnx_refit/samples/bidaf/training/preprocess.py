@@ -38,7 +38,7 @@ class PreprocessSettings:
     min_tuned: int = 5
     min_new: int = 5
     min_char: int = 20
-    glove_rank: int = 80_000
+    glove_rank: int = 60_000
 
 
 @dataclass(frozen=True, slots=True)
