@@ -31,8 +31,9 @@ class MappedView:
         inner = source.problems if isinstance(source, NamedView) else {}
         held = source.specs.keys() | inner.keys()
         self._parts = {name: tuple(dict.fromkeys(tensors_of(e))) for name, e in entries.items()}
-        through = sum(all(part in held for part in parts) for parts in self._parts.values())
-        self.own_names = through < sum(name in held for name in weights)
+        # Only names of one kind tell: a name of both kinds may mean different tensors, and then the map holds.
+        known = shapes.keys() | names.ignored
+        self.own_names = len((held & weights.keys()) - known) > len((held & known) - weights.keys())
         if self.own_names:
             self._parts = {name: (name,) for name in weights}
         self._entries = {} if self.own_names else entries

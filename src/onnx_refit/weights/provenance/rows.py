@@ -14,8 +14,7 @@ from onnx_refit.weights.provenance.pool import Pool
 
 _MAX_ROWS = 200_000
 _MAX_PIECES = 64
-_SHORT_ROW = 8  # rows of fewer elements may be equal by chance, so runs of them must be long
-_SHORT_RUN = 4
+_SHORT_RUN = 8  # runs of fewer elements, on average, may be equal by chance
 _FOLLOWED = 32
 
 
@@ -82,7 +81,7 @@ def _assemble(rows: Array, tensors: Mapping[str, Array], shape: tuple[int, ...])
             return None
         runs.append(best)
         at += best.stop - best.start
-    if rows.shape[1] < _SHORT_ROW and len(runs) * _SHORT_RUN > len(wanted):
+    if len(runs) * _SHORT_RUN > rows.size:
         return None
     return _express(runs, tensors, rows.shape[1], shape)
 
