@@ -297,3 +297,30 @@ def test_constant_nodes_feed_hoisting_like_initializers() -> None:
         ["y"],
     )
     assert ops(check(proto, {"x": X}).compiled) == ["MatMul"]
+
+
+def test_cast_like_an_activation_is_a_cast() -> None:
+    """How PyTorch's exporter writes the bias of a convolution without one: zeros, cast like the activation."""
+    proto = model(
+        [
+            node("CastLike", ["zero", "x"], ["z"]),
+            node("Expand", ["z", "s"], ["b"]),
+            node("Conv", ["x", "w", "b"], ["c"]),
+            node("Mul", ["c", "gain"], ["y"]),
+        ],
+        {"x": [1, 4, 5, 5]},
+        ["y"],
+        {"zero": np.array(0, np.int64), "s": int64(6), "w": array(1, 6, 4, 3, 3), "gain": array(2, 6, 1, 1)},
+    )
+    compilation = check(proto, {"x": array(0, 1, 4, 5, 5)}, rel=1e-5)
+    assert "CastLike" not in ops(compilation.compiled)
+    assert "Mul" not in ops(compilation.compiled)
+
+
+def test_a_model_that_imports_only_other_operator_sets() -> None:
+    proto = model(
+        [node("Scaler", ["x"], ["y"], domain="ai.onnx.ml", offset=[1.0], scale=[2.0])], {"x": [3, 4]}, {"y": [3, 4]}
+    )
+    del proto.opset_import[:]
+    proto.opset_import.add(domain="ai.onnx.ml", version=3)
+    check(proto, {"x": X})

@@ -16,7 +16,7 @@ from onnx_refit.plan.finish import finish
 from onnx_refit.plan.folds import all_folds
 from onnx_refit.plan.folds.framework import FoldPass
 from onnx_refit.plan.folds.recipes import Recipes
-from onnx_refit.plan.hoist import Hoist
+from onnx_refit.plan.hoist import Hoist, ResolveCastLike
 from onnx_refit.plan.promote import promote
 from onnx_refit.tensors import Array
 
@@ -74,7 +74,7 @@ def compile_model(model: ModelProto, options: CompileOptions | None = None) -> C
         )
     promoted = promote(model, options.refittable, options.constant, options.base_dir)
     recipes = Recipes(promoted.draft.program)
-    run_draft_passes(promoted.draft, (Hoist(), FoldPass(all_folds(recipes, promoted.weights))))
+    run_draft_passes(promoted.draft, (ResolveCastLike(), Hoist(), FoldPass(all_folds(recipes, promoted.weights))))
     compiled = finish(promoted.draft, promoted.sources)
     weights = {source.spec.name: promoted.weights[source.spec.name] for source in compiled.sources}
     return Compilation(compiled, weights)

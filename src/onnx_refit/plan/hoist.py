@@ -7,10 +7,11 @@ import math
 import numpy as np
 from onnx import GraphProto, NodeProto
 
-from onnx_refit.model.graph import attribute, subgraphs
+from onnx_refit.model.graph import attribute, set_attribute, subgraphs
 from onnx_refit.plan.draft import Draft
 from onnx_refit.plan.program import NotStaticError
-from onnx_refit.tensors import Array
+from onnx_refit.plan.shapes import draft_specs
+from onnx_refit.tensors import Array, onnx_dtype
 
 # Operators that stay where they are even if all they read is weights: the engine's quantised kernels are selected by
 # the Quantize/DequantizeLinear nodes around them, and what draws random numbers draws them at every inference.
@@ -31,6 +32,38 @@ NEVER = frozenset(
 
 _GROWTH = 8  # a node whose output is that many times its inputs stays
 _LARGE = 1 << 20  # but only from this many elements on
+
+
+class ResolveCastLike:
+    """CastLike (15 to the latest) becomes Cast where the dtype of its second input, all it reads of it, is known.
+
+    PyTorch's exporter writes the bias of a convolution without one so, and no fold could see through it.
+    """
+
+    name = "resolve-cast-like"
+
+    def requires(self, draft: Draft) -> str | None:
+        """Nothing."""
+        return None
+
+    def call(self, draft: Draft) -> int:
+        """Rewrite; how many nodes became Cast."""
+        found = [node for node in draft.nodes() if node.op_type == "CastLike" and node.domain in {"", "ai.onnx"}]
+        specs = draft_specs(draft) if found else {}
+        resolved = 0
+        for node in found:
+            like = specs.get(node.input[1])
+            if like is None or node.input[1] in draft.program:
+                continue
+            node.op_type = "Cast"
+            del node.input[1]
+            set_attribute(node, "to", onnx_dtype(like.dtype))
+            resolved += 1
+        return resolved
+
+    def ensures(self, draft: Draft) -> str | None:
+        """Nothing."""
+        return None
 
 
 class Hoist:

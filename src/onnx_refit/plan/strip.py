@@ -21,6 +21,7 @@ from onnx_refit.errors import ModelError
 from onnx_refit.model.graph import Names, value_names
 from onnx_refit.tensors import Array, numpy_dtype, onnx_dtype_name
 
+_OPSET = 17  # the default operator set of models that import only others
 _IR = 8  # the oldest IR version written: initializers are constants (4), functions of a model are allowed (8)
 
 
@@ -65,6 +66,8 @@ class _Stripper:
         for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
             setattr(bare, name, getattr(self.model, name))
         bare.opset_import.extend(self.model.opset_import)
+        if all(entry.domain not in {"", "ai.onnx"} for entry in bare.opset_import):
+            bare.opset_import.add(domain="", version=_OPSET)  # for the nodes that the compiler adds
         bare.metadata_props.extend(self.model.metadata_props)
         bare.functions.extend(self.model.functions)
         self.graph(self.model.graph, bare.graph, "", {})
