@@ -63,57 +63,6 @@ def padded_vector(name: str, source: str, size: int, block: int) -> Recipe:
     return Recipe(TensorSpec(name, "float32", (up(size, block),)), (Piece((size,), walk, (Operand(source, walk),)),))
 
 
-@dataclass(frozen=True)
-class Packing:
-    """A blocked matrix that ONNX Runtime's ReorderInput writes in one go.
-
-    Attributes:
-        source: the tensor read.
-        offset: its first element used.
-        channels_last: whether rows of the source are contiguous (``[K, N]``) rather than columns (``[N, K]``).
-        rows: K.
-        columns: N, a multiple of 4; ReorderInput pads it.
-    """
-
-    source: str
-    offset: int
-    channels_last: bool
-    rows: int
-    columns: int
-
-
-def packing(recipe: Recipe, block: int) -> Packing | None:
-    """The recipe as a packing, if ReorderInput writes exactly that tensor."""
-    if recipe.gathers or recipe.spec.dtype != "float32" or not recipe.pieces:
-        return None
-    first = recipe.pieces[0]
-    if len(first.operands) != 1 or len(first.dims) != 3 or first.dims[2] != block:
-        return None
-    blocks, rows, _ = first.dims
-    operand = first.operands[0]
-    rest = 0
-    if len(recipe.pieces) > 1:
-        last = recipe.pieces[1]
-        if len(recipe.pieces) > 2 or len(last.dims) != 2 or len(last.operands) != 1 or last.dims[0] != rows:
-            return None
-        rest = last.dims[1]
-    columns = blocks * block + rest
-    if columns % 4 or recipe.spec.size != up(columns, block) * rows:
-        return None
-    for transposed in (False, True):
-        found = blocked_matrix(recipe.spec.name, Matrix(operand.name, rows, columns, transposed), block)
-        if _shifted(found, operand.walk.offset) == recipe.pieces:
-            return Packing(operand.name, operand.walk.offset, not transposed, rows, columns)
-    return None
-
-
-def _shifted(recipe: Recipe, offset: int) -> tuple[Piece, ...]:
-    def moved(operand: Operand) -> Operand:
-        return Operand(operand.name, Walk(operand.walk.offset + offset, operand.walk.strides))
-
-    return tuple(Piece(p.dims, p.target, tuple(moved(o) for o in p.operands)) for p in recipe.pieces)
-
-
 def block_size() -> int:
     """The NCHWc block size of ONNX Runtime's kernels on this processor: 16 with AVX-512, otherwise 8 (1: no NCHWc)."""
     graph = onnx.helper.make_graph(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnx_refit.engine.onnxruntime.blocked import Packing, packing
 from onnx_refit.engine.onnxruntime.buffers import Storage
 from onnx_refit.engine.onnxruntime.packer import Packer
+from onnx_refit.engine.onnxruntime.packing import Packing, packing
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
 from onnx_refit.errors import EngineError
@@ -46,7 +46,8 @@ class _Writer:
         self._recipe = recipe
         self._whole = is_whole(recipe)
         self._pieces = [part for piece in recipe.pieces for part in _cut(piece)]
-        self._pack = packing(recipe, block) if recipe.spec.size >= _PACKED else None
+        packed = packing(recipe, block) if recipe.spec.size >= _PACKED else None
+        self._pack = [] if packed is None else list(packed.parts(block, _SPLIT))
         self._items = [
             tuple(
                 _Source(
@@ -62,8 +63,10 @@ class _Writer:
 
     def tasks(self, tensors: Tensors, storage: Storage, packer: Packer | None) -> Iterable[_Task]:
         """(elements, what to do) for each independent part of the work."""
-        if self._pack is not None and packer is not None:
-            yield self.size, _packing_task(self._pack, packer, tensors, storage)
+        if self._pack and packer is not None:
+            ends = [*(begin for begin, _ in self._pack[1:]), self.size]
+            for (begin, part), end in zip(self._pack, ends, strict=True):
+                yield end - begin, _packing_task(part, packer, tensors, storage.flat[begin:end])
             return
         if self._whole is not None and self.size <= _SPLIT:
             yield self.size, _copy_task(storage.flat, tensors[self._whole])
@@ -97,8 +100,8 @@ def _multiply(first: Array, second: Array, target: Array) -> None:
     np.multiply(first, second, out=target)
 
 
-def _packing_task(pack: Packing, packer: Packer, tensors: Tensors, storage: Storage) -> Callable[[], None]:
-    return lambda: packer.pack(pack, tensors[pack.source], storage.flat)
+def _packing_task(part: Packing, packer: Packer, tensors: Tensors, target: Array) -> Callable[[], None]:
+    return lambda: packer.pack(part, tensors.__getitem__, target)
 
 
 def _cut(piece: Piece) -> list[Piece]:

@@ -1,0 +1,130 @@
+"""A host specialisation as bytes, so that the next load on the same host optimises nothing.
+
+An npz archive (NumPy arrays, never pickled): the ONNX graph, a JSON document, and the positions of gathers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError
+
+from onnx_refit.engine.onnxruntime.blocked import block_size
+from onnx_refit.engine.onnxruntime.specialise import Specialised
+from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
+from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk
+from onnx_refit.tensors import Array, TensorSpec
+
+_FORMAT = 1
+
+
+def host_key(compiled: CompiledModel, *, optimise: bool) -> str:
+    """What a specialisation depends on: the compiled model, ONNX Runtime and the processor."""
+    digest = hashlib.sha256()
+    digest.update(compiled.activation.SerializeToString(deterministic=True))
+    if compiled.program.model is not None:
+        digest.update(compiled.program.model.SerializeToString(deterministic=True))
+    digest.update(json.dumps(sorted(compiled.program.passthrough.items())).encode())
+    parts = (_FORMAT, ort.__version__, block_size(), _processor(), optimise, digest.hexdigest())
+    return "|".join(map(str, parts))
+
+
+def _processor() -> str:
+    """The processor's features, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    features = ""
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        features = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    named = f"{platform.machine()} {platform.processor()} {' '.join(sorted(features.split()))}"
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+
+def dump(specialised: Specialised, key: str) -> bytes:
+    """The specialisation as bytes."""
+    arrays: dict[str, Array] = {}
+    document = {
+        "key": key,
+        "buffers": [_recipe_out(recipe, arrays) for recipe in specialised.buffers.values()],
+        "staged": [[name, _recipe_out(recipe, arrays)] for name, recipe in specialised.staged.items()],
+        "computed": [_spec_out(spec) for spec in specialised.computed.values()],
+        "decisions": [[d.subject, d.action, d.verdict.value, d.reason] for d in specialised.decisions],
+    }
+    arrays["document"] = np.frombuffer(json.dumps(document).encode(), np.uint8)
+    arrays["model"] = np.frombuffer(specialised.model.SerializeToString(), np.uint8)
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def load(data: bytes, key: str) -> Specialised | None:
+    """The specialisation, if the bytes hold one made for this key; None otherwise."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            document = json.loads(archive["document"].tobytes())
+            if document["key"] != key:
+                return None
+            model = onnx.ModelProto.FromString(archive["model"].tobytes())
+            buffers = [_recipe_in(entry, archive) for entry in document["buffers"]]
+            staged = {name: _recipe_in(entry, archive) for name, entry in document["staged"]}
+            computed = [_spec_in(entry) for entry in document["computed"]]
+            decisions = tuple(Decision(s, a, Verdict(v), r) for s, a, v, r in document["decisions"])
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, DecodeError):
+        return None  # a damaged artefact costs a second of optimisation, no more
+    return Specialised(
+        model,
+        {recipe.spec.name: recipe for recipe in buffers},
+        staged,
+        {spec.name: spec for spec in computed},
+        decisions,
+    )
+
+
+def _spec_out(spec: TensorSpec) -> list[Any]:
+    return [spec.name, spec.dtype, list(spec.static_shape)]
+
+
+def _spec_in(entry: list[Any]) -> TensorSpec:
+    return TensorSpec(entry[0], entry[1], tuple(entry[2]))
+
+
+def _recipe_out(recipe: Recipe, arrays: dict[str, Array]) -> dict[str, Any]:
+    gathers = []
+    for gather in recipe.gathers:
+        number = len(arrays)
+        arrays[f"gather{number}"] = np.stack([gather.to, gather.take])
+        gathers.append([gather.source, f"gather{number}"])
+    pieces = [
+        [list(p.dims), _walk_out(p.target), [[o.name, _walk_out(o.walk)] for o in p.operands]] for p in recipe.pieces
+    ]
+    return {"spec": _spec_out(recipe.spec), "pieces": pieces, "gathers": gathers}
+
+
+def _recipe_in(entry: dict[str, Any], archive: Mapping[str, Array]) -> Recipe:
+    pieces = tuple(
+        Piece(tuple(dims), _walk_in(target), tuple(Operand(name, _walk_in(walk)) for name, walk in operands))
+        for dims, target, operands in entry["pieces"]
+    )
+    gathers = []
+    for source, name in entry["gathers"]:
+        positions = np.asarray(archive[name], np.int64)
+        gathers.append(Gather(source, positions[0], positions[1]))
+    return Recipe(_spec_in(entry["spec"]), pieces, tuple(gathers))
+
+
+def _walk_out(walk: Walk) -> list[Any]:
+    return [walk.offset, list(walk.strides)]
+
+
+def _walk_in(entry: list[Any]) -> Walk:
+    return Walk(entry[0], tuple(entry[1]))

@@ -1,0 +1,169 @@
+"""The second tier: sessions with some weights baked in, for kernels that are only fast with prepacked weights.
+
+A refit goes live at once with every weight as an input. A thread then builds, for each weight set that still lives,
+a session in which the weights of LSTM, GRU, transposed convolutions and quantised operators are initializers over the
+set's own buffers, prepacked by ONNX Runtime; the set switches to it by changing one reference.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto
+
+from onnx_refit.engine.onnxruntime.native import PROVIDERS, Value, public_value, session_options
+from onnx_refit.model.graph import all_graphs
+from onnx_refit.tensors import TensorSpec, onnx_dtype
+
+# Operator -> the inputs that its kernel packs when they are initializers.
+_PACKING: Mapping[str, tuple[int, ...]] = {
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "ConvTranspose": (1,),
+    "QLinearConv": (3,),
+    "QLinearMatMul": (3,),
+    "QGemm": (3,),
+    "MatMulInteger": (1,),
+    "MatMulIntegerToFloat": (1,),
+    "DynamicQuantizeMatMul": (1,),
+    "DynamicQuantizeLSTM": (1, 2),
+    "MatMulNBits": (1, 2, 3),
+    "Attention": (1,),
+    "QAttention": (1,),
+}
+# Worth packing along with those, but not worth a second session of their own: their large ones run blocked.
+_ALSO: Mapping[str, tuple[int, ...]] = {"MatMul": (1,), "FusedMatMul": (1,), "Gemm": (1,), "FusedGemm": (1,)}
+_PLACEHOLDER = "placeholder.bin"
+
+
+class Promotable(Protocol):
+    """A weight set as this module sees it."""
+
+    def values(self) -> Mapping[str, Value]:
+        """Engine weight -> value."""
+        ...
+
+    def promote(self, session: ort.InferenceSession | None) -> None:
+        """Switch to this session, or learn that there will be none."""
+        ...
+
+
+def packed_weights(model: onnx.ModelProto, weights: Iterable[str]) -> frozenset[str]:
+    """The weights that a second tier would bake in; none where no kernel needs it."""
+    known = set(weights)
+    needed: set[str] = set()
+    also: set[str] = set()
+    for graph in all_graphs(model.graph):
+        for node in graph.node:
+            for found, table in ((needed, _PACKING), (also, _ALSO)):
+                for index in table.get(node.op_type, ()):
+                    if index < len(node.input) and node.input[index] in known:
+                        found.add(node.input[index])
+    return frozenset(needed | also) if needed else frozenset()
+
+
+class SecondTier:
+    """Builds the prepacked sessions of weight sets, newest first, in one background thread.
+
+    Args:
+        model: the inference graph, its weights being graph inputs.
+        baked: the weights to make initializers.
+        specs: every weight's spec.
+        threads: intra-op threads of the sessions.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, baked: frozenset[str], specs: Mapping[str, TensorSpec], threads: int
+    ) -> None:
+        self.baked = baked
+        self._threads = threads
+        self._folder = tempfile.TemporaryDirectory(prefix="onnx-refit-")
+        self._path = _write(model, baked, specs, Path(self._folder.name))
+        self._waiting: list[weakref.ref[Promotable]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._building: ort.SessionOptions | None = None
+        self._thread: threading.Thread | None = None
+
+    def ask(self, weights: Promotable) -> None:
+        """Build a session for a weight set as soon as possible; the set may die meanwhile."""
+        with self._changed:
+            if self._closed:
+                weights.promote(None)
+                return
+            self._waiting.append(weakref.ref(weights))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="onnx-refit-tier2", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                weights = self._waiting.pop()()
+            if weights is not None:
+                weights.promote(self._build(weights))
+            del weights
+
+    def _build(self, weights: Promotable) -> ort.InferenceSession | None:
+        options = session_options(self._threads)
+        values = weights.values()
+        for name in self.baked:
+            options.add_initializer(name, public_value(values[name]))
+        self._building = options
+        try:
+            return ort.InferenceSession(str(self._path), options, providers=PROVIDERS)
+        except Exception:  # noqa: BLE001  the first tier serves on; onnxruntime raises a dozen unrelated classes
+            return None
+        finally:
+            self._building = None
+
+    def close(self) -> None:
+        """Stop, abandoning what is being built, and wait for the thread."""
+        with self._changed:
+            self._closed = True
+            abandoned = [reference() for reference in self._waiting]
+            self._waiting.clear()
+            self._changed.notify()
+        building = self._building
+        if building is not None:
+            building.set_load_cancellation_flag(True)
+        for weights in abandoned:
+            if weights is not None:
+                weights.promote(None)
+        if self._thread is not None:
+            self._thread.join()
+        self._folder.cleanup()
+
+
+def _write(model: onnx.ModelProto, baked: frozenset[str], specs: Mapping[str, TensorSpec], folder: Path) -> Path:
+    """The graph with these weights as initializers whose data comes later; returns the file."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    kept = [value for value in graph.input if value.name not in baked]
+    del graph.input[:]
+    graph.input.extend(kept)
+    for name in sorted(baked):
+        spec = specs[name]
+        tensor = graph.initializer.add(name=name, data_type=onnx_dtype(spec.dtype))
+        tensor.dims.extend(spec.static_shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", _PLACEHOLDER), ("offset", "0"), ("length", str(spec.nbytes))):
+            tensor.external_data.add(key=key, value=value)
+    with (folder / _PLACEHOLDER).open("wb") as file:  # a sparse file: nobody reads it, but it must be there
+        file.truncate(max(specs[name].nbytes for name in baked))
+    path = folder / "model.onnx"
+    path.write_bytes(changed.SerializeToString())
+    return path

@@ -1,0 +1,179 @@
+"""The blocked matrix product, alone, for sizes that need padding everywhere and every way to fuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from onnx_refit.engine.onnxruntime.blocked import Matrix, block_size, blocked_matrix
+from onnx_refit.engine.onnxruntime.native import make_session, session_options
+from onnx_refit.engine.onnxruntime.nchwc import Rewritten, rewrite
+from onnx_refit.engine.onnxruntime.packer import Packer
+from onnx_refit.engine.onnxruntime.packing import packing
+from onnx_refit.plan.trace.compose import simplified
+from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, Walk, c_strides, evaluate
+from onnx_refit.tensors import Array, TensorSpec, spec_of, value_info_of
+
+from .compiled_by_hand import relative_error
+from .zoo import model, n, weight, x_of
+
+BLOCK = block_size()
+
+
+def rewritten(
+    nodes: list[onnx.NodeProto], shape: list[int | str], weights: list[onnx.TensorProto], outputs: int = 1
+) -> tuple[Rewritten, onnx.ModelProto, dict[str, Array]]:
+    made = model(nodes, [("x", shape)], [(f"y{k}" if k else "y", None) for k in range(outputs)], weights)
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in weights}
+    inputs = onnx.ModelProto()
+    inputs.CopyFrom(made)
+    del inputs.graph.initializer[:]
+    specs = {name: spec_of(name, array) for name, array in arrays.items()}
+    inputs.graph.input.extend(value_info_of(spec) for spec in specs.values())
+    inputs = onnx.shape_inference.infer_shapes(inputs)
+    return rewrite(inputs, specs, lambda k, n, m: True, BLOCK), made, arrays
+
+
+def compare(result: Rewritten, plain: onnx.ModelProto, arrays: dict[str, Array], inputs: dict[str, Array]) -> None:
+    session = make_session(result.model, session_options(1))
+    feeds = dict(inputs)
+    for value in session.get_inputs():
+        if value.name in result.recipes:
+            feeds[value.name] = evaluate(result.recipes[value.name], lambda name: arrays[name].reshape(-1))
+        elif value.name in arrays:
+            feeds[value.name] = arrays[value.name]
+    wanted = make_session(plain, session_options(1)).run(None, inputs)
+    for got, right in zip(session.run(None, feeds), wanted, strict=True):
+        assert got.shape == right.shape
+        assert relative_error(got, right) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "sizes", [(200, 200), (200, 10), (10, 200), (200, 1), (7, 5), (12, 8), (64, 300), (1, 16), (33, 17)]
+)
+@pytest.mark.parametrize("shape", [[3], [1], [2, 3], [2, 3, 5], [2, 3, 5, 2]])
+def test_any_size_and_rank(sizes: tuple[int, int], shape: list[int]) -> None:
+    k, columns = sizes
+    weights = [weight(np.random.default_rng(0), "w", k, columns)]
+    symbols: list[int | str] = [f"d{i}" for i in range(len(shape))]
+    result, plain, arrays = rewritten([n("MatMul", "x w", "y")], [*symbols, k], weights)
+    assert result.count == 1
+    compare(result, plain, arrays, x_of(*shape, k))
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("bias", [None, (20,), (1, 20)])
+def test_gemm(transposed: int, bias: tuple[int, ...] | None) -> None:
+    rng = np.random.default_rng(0)
+    weights = [weight(rng, "w", *((20, 12) if transposed else (12, 20)))]
+    if bias:
+        weights.append(weight(rng, "b", *bias))
+    result, plain, arrays = rewritten(
+        [n("Gemm", "x w b" if bias else "x w", "y", transB=transposed)], ["M", 12], weights
+    )
+    assert result.count == 1
+    compare(result, plain, arrays, x_of(5, 12))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        *(n(op_type, "b", "y") for op_type in ("Relu", "Tanh", "Sigmoid", "Elu")),
+        n("LeakyRelu", "b", "y", alpha=0.3),
+        n("HardSigmoid", "b", "y", alpha=0.1, beta=0.4),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_bias_and_activation_behind(node: onnx.NodeProto) -> None:
+    rng = np.random.default_rng(0)
+    weights = [weight(rng, "w", 24, 20), weight(rng, "b0", 20)]
+    result, plain, arrays = rewritten([n("MatMul", "x w", "a"), n("Add", "b0 a", "b"), node], ["B", "S", 24], weights)
+    kinds = [made.op_type for made in result.model.graph.node]
+    assert "Add" not in kinds
+    assert (node.op_type in kinds) == (node.op_type == "Elu")
+    compare(result, plain, arrays, x_of(2, 3, 24))
+
+
+def test_values_between_products_stay_blocked() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [n("MatMul", "x w0", "a"), n("Erf", "a", "b"), n("MatMul", "b w1", "y")]
+    result, plain, arrays = rewritten(nodes, ["M", 12], [weight(rng, "w0", 12, 20), weight(rng, "w1", 20, 36)])
+    kinds = [made.op_type for made in result.model.graph.node]
+    assert kinds.count("ReorderInput") == kinds.count("ReorderOutput") == 1
+    compare(result, plain, arrays, x_of(5, 12))
+
+
+def test_a_value_read_by_others_too_is_written_plain_once() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [n("MatMul", "x w0", "a"), n("MatMul", "a w1", "y"), n("Exp", "a", "y1"), n("Neg", "a", "y2")]
+    result, plain, arrays = rewritten(nodes, ["M", 12], [weight(rng, "w0", 12, 20), weight(rng, "w1", 20, 36)], 3)
+    kinds = [made.op_type for made in result.model.graph.node]
+    assert kinds.count("ReorderOutput") == 2
+    compare(result, plain, arrays, x_of(5, 12))
+
+
+def test_three_products_of_one_value_reorder_it_once() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [n("MatMul", f"x w{k}", "y" if not k else f"y{k}") for k in range(3)]
+    result, plain, arrays = rewritten(nodes, ["B", "S", 32], [weight(rng, f"w{k}", 32, 32) for k in range(3)], 3)
+    assert [made.op_type for made in result.model.graph.node].count("ReorderInput") == 1
+    compare(result, plain, arrays, x_of(2, 3, 32))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 36), (40, 100), (7, 160)])
+def test_the_packer_writes_what_the_recipe_says(sizes: tuple[int, int], transposed: bool) -> None:
+    k, columns = sizes
+    recipe = blocked_matrix("t", Matrix("w", k, columns, transposed), BLOCK)
+    source = np.random.default_rng(0).standard_normal(k * columns).astype(np.float32)
+    wanted = evaluate(recipe, {"w": source}.__getitem__).reshape(-1)
+    found = packing(recipe, BLOCK)
+    if k % BLOCK:
+        assert found is None
+        return
+    assert found is not None
+    got = np.zeros_like(wanted)
+    Packer(BLOCK).pack(found, {"w": source}.__getitem__, got)
+    assert np.array_equal(got, wanted)
+
+
+def test_sub_graphs_are_rewritten_too() -> None:
+    rng = np.random.default_rng(0)
+    branch = helper.make_graph([n("MatMul", "x w", "t")], "b", [], [helper.make_tensor_value_info("t", 1, None)])
+    nodes = [
+        n("ReduceMax", "x", "m", keepdims=0),
+        n("Cast", "m", "c", to=onnx.TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    result, plain, arrays = rewritten(nodes, ["M", 16], [weight(rng, "w", 16, 32)])
+    assert result.count == 2
+    compare(result, plain, arrays, x_of(3, 16))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(32, 48, 3, 3), (16, 16, 5, 1), (64, 16, 3, 3), (48, 64, 1, 1)])
+def test_the_packer_writes_convolutions(shape: tuple[int, ...], scaled: bool) -> None:
+    out, into, height, width = shape
+    window = height * width
+    dims = (out // BLOCK, into // BLOCK, window, BLOCK, BLOCK)
+    rows = into * window
+    operands = [Operand("w", Walk(0, (BLOCK * rows, BLOCK * window, 1, window, rows)))]
+    if scaled:
+        operands.append(Operand("s", Walk(3, (2 * BLOCK, 0, 0, 0, 2))))
+    piece = simplified(Piece(dims, Walk(0, c_strides(dims)), tuple(operands)))
+    recipe = Recipe(TensorSpec("t", "float32", shape), (piece,))
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Array] = {"w": rng.standard_normal(out * rows).astype(np.float32)}
+    tensors["s"] = rng.standard_normal(2 * out + 3).astype(np.float32)
+    found = packing(recipe, BLOCK)
+    assert found is not None
+    assert (found.scale is not None) == scaled
+    wanted = evaluate(recipe, tensors.__getitem__).reshape(-1)
+    got = np.zeros_like(wanted)
+    parts = list(found.parts(BLOCK, rows * BLOCK))
+    assert len(parts) == out // BLOCK
+    for begin, part in parts:
+        Packer(BLOCK).pack(part, tensors.__getitem__, got[begin : begin + part.columns * rows])
+    assert np.array_equal(got, wanted)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from onnx_refit.errors import EngineError
+
+from .compiled_by_hand import relative_error
+from .test_models import Live
+
+
+def test_models_without_packing_kernels_are_at_full_speed_at_once() -> None:
+    live = Live("feed_forward")
+    assert live.backend.derive(live.weights).full_speed.done()
+    live.backend.close()
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "convolutions"])
+def test_the_second_tier_answers_like_the_first(name: str) -> None:
+    live = Live(name)
+    made = live.backend.derive(live.weights)
+    first = made.runner
+    live.check(made, live.weights)
+    assert made.full_speed.wait(60)
+    assert made.full_speed.done()
+    assert made.runner is not first
+    live.check(made, live.weights)
+    live.backend.close()
+
+
+def test_a_set_that_changes_nothing_baked_in_takes_over_the_session() -> None:
+    live = Live("lstm")
+    base = live.backend.derive(live.weights)
+    assert base.full_speed.wait(60)
+    other = live.other(1)
+    # A bias is read as it is, whatever the kernel packs.
+    current = {**live.weights, "B": other["B"]}
+    made = live.backend.derive({"B": other["B"]}, base, frozenset({"B"}))
+    assert made.full_speed.done()
+    assert made.runner.session is base.runner.session
+    live.check(made, current)
+    live.check(base, live.weights)
+    live.backend.close()
+
+
+def test_sets_that_die_waiting_are_forgotten_and_the_last_one_gets_there() -> None:
+    live = Live("lstm")
+    made = live.backend.derive(live.weights)
+    for seed in range(30):
+        made = live.backend.derive(live.other(seed), made)
+    assert made.full_speed.wait(60)
+    live.check(made, live.other(29))
+    live.backend.close()
+
+
+def test_closing_ends_the_threads_and_wakes_who_waits() -> None:
+    before = threading.active_count()
+    live = Live("lstm", threads=2)
+    sets = [live.backend.derive(live.other(seed)) for seed in range(10)]
+    live.backend.close()
+    assert all(isinstance(made.full_speed.wait(10), bool) for made in sets)
+    assert threading.active_count() <= before + 1  # the janitor of spare memory ends by itself
+    with pytest.raises(EngineError):
+        live.backend.run(sets[0], live.inputs)
+    with pytest.raises(EngineError):
+        live.backend.derive(live.weights)
+
+
+def test_requests_in_flight_see_one_version_across_the_switch() -> None:
+    live = Live("lstm", threads=1)
+    wanted = live.wanted(live.weights)[0]
+    made = live.backend.derive(live.weights)
+    results = [live.backend.run(made, live.inputs)["y"] for _ in range(200)]
+    assert made.full_speed.wait(60)
+    assert all(relative_error(result, wanted) < 1e-5 for result in results)
+    live.backend.close()
