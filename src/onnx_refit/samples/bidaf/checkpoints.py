@@ -43,8 +43,15 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 
 @cache
 def _index() -> dict[str, dict[str, Any]]:
-    entries = json.loads(_read(DATA / "checkpoints.json"))
-    return {entry["name"]: entry for entry in entries}
+    path = DATA / "checkpoints.json"
+    content = _read(path)
+    try:
+        entries = json.loads(content)
+        for entry in entries:
+            _ = Path(entry["file"]), float(entry["exact_match"]), float(entry["f1"])
+        return {entry["name"]: entry for entry in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsFormatError(f"the list of checkpoints is damaged ({error})", where=path) from error
 
 
 def checkpoint_names() -> tuple[str, ...]:
