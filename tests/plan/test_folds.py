@@ -208,6 +208,7 @@ def test_batch_norm_over_another_axis_of_a_product_is_not_folded() -> None:
     )
     compiled = check(proto, {"x": array(0, 2, 5, 4)}, rel=REL).compiled
     assert ops(compiled) == ["MatMul", "BatchNormalization"]
+    assert not optimiser_leftovers(compiled)
 
 
 @pytest.mark.parametrize("opset", [7, 9, 14, 15])
