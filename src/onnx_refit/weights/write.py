@@ -1,42 +1,63 @@
-"""Writing safetensors files without a second copy of the tensors in memory."""
+"""Writing tensors as safetensors, streamed one at a time and atomically."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import BinaryIO
 
 import numpy as np
 
-from onnx_refit.tensors import Array, dtype_name
+from onnx_refit.files import atomic_write
+from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.sources.safetensors import safetensors_dtype
 
-_HEADER_ALIGNMENT = 64
 
-
-def write_safetensors(file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors to an open file, one at a time.
-
-    Larger element types come first, so that every tensor is aligned for its type when the file is mapped; the
-    header is padded with spaces to a multiple of 64 bytes. Source: the safetensors format description.
+def write_safetensors(
+    path: str | os.PathLike[str],
+    source: WeightSource,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write all tensors of a source; only one is in memory at a time.
 
     Raises:
-        WeightsError: a dtype that safetensors does not have.
-        OSError: what the file raises.
+        WriteError: the file cannot be written; what stood there still stands.
+        WeightsError: a tensor cannot be read, or its dtype has no place in the format.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    with atomic_write(path) as file:
+        stream(file, source.specs, source.read, metadata, progress)
+
+
+def stream(
+    file: BinaryIO,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Array],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write header and tensors to an open file; widest elements first, so that all of them are aligned."""
+    order = sorted(specs, key=lambda name: -(specs[name].nbytes // max(1, specs[name].size)) if specs[name].size else 0)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
+    end = 0
     for name in order:
-        array = tensors[name]
-        end = offset + array.nbytes
-        code = safetensors_dtype(dtype_name(array.dtype))
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(len(text) + 8) % _HEADER_ALIGNMENT)
+        spec = specs[name]
+        header[name] = {
+            "dtype": safetensors_dtype(spec.dtype),
+            "shape": list(spec.static_shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
+    done = 0
     for name in order:
-        array = np.ascontiguousarray(tensors[name])
+        array = np.ascontiguousarray(read(name))
         if array.size:
             file.write(array.reshape(-1).view(np.uint8).data)
+        done += array.nbytes
+        if progress is not None:
+            progress(done)
