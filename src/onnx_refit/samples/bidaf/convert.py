@@ -37,7 +37,7 @@ def onnx_weights(checkpoint: Mapping[str, Array]) -> dict[str, Array]:
             ``end.weight`` ``[1, 1000]``. ``start.bias`` and ``end.bias`` are not needed: they move all scores alike.
 
     Returns:
-        Name of the ONNX network -> array, float32 (``word_embedding`` float16: half the size, and what is shipped).
+        Name of the ONNX network -> array of its own, C-contiguous, float32 (``word_embedding`` float16: half the size, and what is shipped).
 
     Raises:
         WeightsError: a tensor is missing, or of another shape.
@@ -60,7 +60,7 @@ def onnx_weights(checkpoint: Mapping[str, Array]) -> dict[str, Array]:
     weights["attention_product"] = np.ascontiguousarray(attention[2])
     for side in ("start", "end"):
         weights[f"{side}_W"] = np.ascontiguousarray(take(f"{side}.weight", 1, 10 * HIDDEN).T)
-    return weights
+    return {name: np.array(array, order="C") for name, array in weights.items()}
 
 
 def _lstm(take: _Taker, layer: str, inputs: int) -> tuple[Array, Array, Array]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from onnx_refit.api import load
+from onnx_refit.api import EngineOptions, load
 from onnx_refit.errors import MissingExtraError, OnnxRefitError
 from onnx_refit.files import write_error
 from onnx_refit.samples.bidaf import bundle
@@ -105,7 +105,8 @@ def run_demo(
     plan = get_plan(modified, output / PLAN, say)
     if plan.weights is None:
         raise OnnxRefitError("the plan holds no weights", where=output / PLAN)
-    with load(plan) as engine:
+    threads = os.cpu_count() or 1
+    with load(plan, options=EngineOptions(threads=1)) as engine:  # several questions at a time, one thread each
         outcome = refit_and_infer(engine, plan.weights, say)
         answers = []
         for context, question in QUESTIONS:
@@ -113,7 +114,6 @@ def run_demo(
             answers.append((question, found))
             if show is not None:
                 show(context, question, found)
-        threads = os.cpu_count() or 1
         rows = refit_series(engine, bundled_series(), dev_questions(questions), threads=threads, report=report)
     try:
         plots, note = plot_rows(rows, output / "bidaf-live"), None

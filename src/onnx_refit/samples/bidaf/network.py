@@ -30,6 +30,9 @@ START_SCORES, END_SCORES = "start_scores", "end_scores"
 _SMALLEST = 1e-30
 """Below this a probability counts as this, so that its logarithm is a number."""
 
+_OUTSIDE = -1e30
+"""The score of a word outside of the context."""
+
 _MAPPERS = {CONTEXT_WORD: 4, CONTEXT_CHAR: 5, QUERY_WORD: 6, QUERY_CHAR: 7}
 
 
@@ -189,13 +192,15 @@ class _Graph:
         counter = self._counter(sequence)
         positions = self.node("Transpose", [counter], "Transpose_21", perm=[1, 0])
         sides = (
-            (START_SCORES, END_SCORES, [0, SPAN - 1], START_POS, (22, 23, 24, 27)),
-            (END_SCORES, START_SCORES, [SPAN - 1, 0], END_POS, (28, 29, 30, 33)),
+            (START_SCORES, END_SCORES, [0, 0, 0, 0, 0, SPAN - 1], START_POS, (22, 23, 24, 27)),
+            (END_SCORES, START_SCORES, [0, 0, SPAN - 1, 0, 0, 0], END_POS, (28, 29, 30, 33)),
         )
         for own, other, pads, result, (transpose, hardmax, cast, compress) in sides:
             mine = self.node("Unsqueeze", [own], f"{result}_own", axes=[0])
             theirs = self.node("Unsqueeze", [other], f"{result}_other", axes=[0])
-            partner = self.node("MaxPool", [theirs], f"{result}_partner", kernel_shape=[SPAN], pads=pads)
+            # padded in a node of its own: ONNX's reference evaluator does not take a window larger than the input
+            theirs = self.node("Pad", [theirs], f"{result}_padded", pads=pads, value=_OUTSIDE)
+            partner = self.node("MaxPool", [theirs], f"{result}_partner", kernel_shape=[SPAN])
             rank = self.node("Sum", [mine, partner], f"{result}_rank")
             column = self.node("Reshape", [rank, self.constant("column", [-1, 1])], f"{result}_column")
             row = self.node("Transpose", [column], f"Transpose_{transpose}", perm=[1, 0])
