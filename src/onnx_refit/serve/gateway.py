@@ -94,8 +94,8 @@ class Gateway:
         if self._access_log or status >= 500 or unforeseen:
             log(
                 "request",
-                level=logging.ERROR if status >= 500 else logging.INFO,
-                error=error if unforeseen else None,
+                level=logging.ERROR if status == 500 or unforeseen else logging.INFO,
+                exception=error if unforeseen else None,
                 request_id=identity,
                 method=scope["method"],
                 path=scope["path"][:200],

@@ -148,8 +148,8 @@ def _guarded(name: str, handler: Handler, gatekeeper: Gatekeeper, access_log: bo
                 unforeseen = failed is not None and not isinstance(failed, OnnxRefitError)
                 log(
                     "request",
-                    level=logging.ERROR if status >= 500 else logging.INFO,
-                    error=failed if unforeseen else None,
+                    level=logging.ERROR if status == 500 else logging.INFO,
+                    exception=failed if unforeseen else None,
                     request_id=identity,
                     method=name,
                     protocol="grpc",

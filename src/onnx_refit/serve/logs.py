@@ -42,10 +42,10 @@ def configure_logging(level: int = logging.INFO) -> None:
         logger.propagate = False
 
 
-def log(message: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: object) -> None:
+def log(message: str, *, level: int = logging.INFO, exception: BaseException | None = None, **fields: object) -> None:
     """Write a line with fields."""
     if LOGGER.isEnabledFor(level):
-        LOGGER.log(level, message, extra={"fields": fields}, exc_info=error)
+        LOGGER.log(level, message, extra={"fields": fields}, exc_info=exception)
 
 
 def request_id(given: bytes | None) -> str:

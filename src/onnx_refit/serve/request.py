@@ -68,7 +68,7 @@ def parse_version(text: object) -> int | None:
         return None
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
         return text
-    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= _VERSION_DIGITS:
+    if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= _VERSION_DIGITS and int(text):
         return int(text)
     raise VersionError(f"{str(text)[:40]!r} is no version", hint="Versions are numbers from 1")
 
