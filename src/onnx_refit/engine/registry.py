@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from onnx_refit.engine.cuda.options import CudaOptions
 from onnx_refit.engine.protocol import Backend
 from onnx_refit.engine.tensorrt.options import TensorRtOptions
 from onnx_refit.errors import EngineError
@@ -20,10 +21,12 @@ class EngineOptions:
 
     Attributes:
         threads: threads one inference and one refit may use; 0 means one a physical core.
+        cuda: what only the engine ``"cuda"`` has; None takes its defaults.
         tensorrt: what only the engine ``"tensorrt"`` has; None takes its defaults.
     """
 
     threads: int = 0
+    cuda: CudaOptions | None = None
     tensorrt: TensorRtOptions | None = None
 
 
@@ -35,6 +38,14 @@ def _onnxruntime(
 
     backend = create(compiled, weights, OnnxRuntimeOptions(threads=options.threads), artefact)
     return backend, backend.artefact()
+
+
+def _cuda(
+    compiled: CompiledModel, weights: Mapping[str, Array] | None, options: EngineOptions, artefact: bytes | None
+) -> tuple[Backend, bytes | None]:
+    from onnx_refit.engine.cuda.create import create
+
+    return create(compiled, options.cuda or CudaOptions()), None
 
 
 def _tensorrt(
@@ -49,7 +60,7 @@ def _tensorrt(
 _Factory = Callable[
     [CompiledModel, Mapping[str, Array] | None, EngineOptions, bytes | None], tuple[Backend, bytes | None]
 ]
-_FACTORIES: dict[str, _Factory] = {"onnxruntime": _onnxruntime, "tensorrt": _tensorrt}
+_FACTORIES: dict[str, _Factory] = {"onnxruntime": _onnxruntime, "cuda": _cuda, "tensorrt": _tensorrt}
 
 
 def engine_names() -> tuple[str, ...]:

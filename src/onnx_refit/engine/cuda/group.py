@@ -1,0 +1,149 @@
+"""One model on several GPUs as one engine: refitted in two phases, so that no GPU serves what another lacks.
+
+``derive`` is the first phase: a weight set exists only if every device has its own. The second is the transaction's
+flip of one reference, the same for all devices. Written for any number of devices, **not run** on more than one GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from onnx_refit.engine.cuda.backend import CudaBackend, Source
+from onnx_refit.engine.cuda.weightset import CudaWeightSet
+from onnx_refit.engine.protocol import FullSpeed, WeightSet
+from onnx_refit.engine.single_tier import SingleTier
+from onnx_refit.errors import EngineError
+from onnx_refit.plan.compiled import Decision
+from onnx_refit.tensors import Array, TensorSpec
+
+
+class GroupWeightSet:
+    """The same weights on every device of a group."""
+
+    def __init__(self, members: Sequence[CudaWeightSet]) -> None:
+        self.members = tuple(members)
+        self._full_speed = SingleTier()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on all devices together."""
+        return sum(member.nbytes for member in self.members)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes shared with the set it was derived from, on all devices together."""
+        return sum(member.shared_nbytes for member in self.members)
+
+    @property
+    def full_speed(self) -> FullSpeed:
+        """When this set reaches its last tier of speed: at once."""
+        return self._full_speed
+
+
+class CudaGroup:
+    """A backend over backends: requests go to the device with the fewest in flight. Thread-safe."""
+
+    def __init__(self, members: Sequence[CudaBackend]) -> None:
+        self._members = tuple(members)
+        self._in_flight = [0] * len(members)
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(len(members), thread_name_prefix="onnx-refit-group")
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return "cuda"
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """The model's inputs."""
+        return self._members[0].inputs
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """The model's outputs."""
+        return self._members[0].outputs
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What the devices decided; the same for devices of one kind."""
+        return tuple(dict.fromkeys(decision for member in self._members for decision in member.decisions))
+
+    def required(self, changed: frozenset[str]) -> frozenset[str]:
+        """See ``Backend.required``."""
+        return self._members[0].required(changed)
+
+    @property
+    def recoverable(self) -> frozenset[str]:
+        """See ``Backend.recoverable``."""
+        return self._members[0].recoverable
+
+    def recover(self, weights: WeightSet, name: str) -> Array:
+        """A source weight read back from the first device."""
+        return self._members[0].recover(_own(weights).members[0], name)
+
+    def derive(
+        self,
+        sources: Mapping[str, Source],
+        base: WeightSet | None = None,
+        changed: frozenset[str] | None = None,
+    ) -> GroupWeightSet:
+        """A weight set on every device, or none.
+
+        A full set is made on one device and copied to the others, device to device, in a doubling tree: each device
+        that has it passes it on, so n devices take the time of log2(n) copies. A partial one is small: every device
+        makes its own.
+
+        Raises:
+            EngineError: a device failed; no set exists, and no device serves anything new.
+        """
+        if base is not None and changed is not None:
+            bases = _own(base).members
+            jobs = [
+                self._pool.submit(member.derive, sources, held, changed)
+                for member, held in zip(self._members, bases, strict=True)
+            ]
+            return GroupWeightSet(_all(jobs))
+        made: list[CudaWeightSet] = [self._members[0].derive(sources)]
+        while len(made) < len(self._members):
+            wave = range(len(made), min(2 * len(made), len(self._members)))
+            have = len(made)
+            jobs = [self._pool.submit(self._members[index].adopt, made[index - have]) for index in wave]
+            made.extend(_all(jobs))
+        return GroupWeightSet(made)
+
+    def run(
+        self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run one inference on the least busy device."""
+        with self._lock:
+            index = min(range(len(self._members)), key=self._in_flight.__getitem__)
+            self._in_flight[index] += 1
+        try:
+            return self._members[index].run(_own(weights).members[index], inputs, outputs)
+        finally:
+            with self._lock:
+                self._in_flight[index] -= 1
+
+    def close(self) -> None:
+        """Free all devices."""
+        self._pool.shutdown()
+        for member in self._members:
+            member.close()
+
+
+def _all(jobs: Sequence[Any]) -> list[CudaWeightSet]:
+    """The results of all jobs, once every one has ended; the first failure is raised."""
+    failures = [error for error in (job.exception() for job in jobs) if error is not None]
+    if failures:
+        raise failures[0]
+    return [job.result() for job in jobs]
+
+
+def _own(weights: WeightSet) -> GroupWeightSet:
+    if not isinstance(weights, GroupWeightSet):
+        raise EngineError("the weight set belongs to another engine")
+    return weights

@@ -1,0 +1,42 @@
+"""A weight set of the CUDA engine: for every engine weight, the arena that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnx_refit.engine.cuda.arena import Arena
+from onnx_refit.engine.cuda.lowering.operators import Tensor
+from onnx_refit.engine.protocol import FullSpeed
+from onnx_refit.engine.single_tier import SingleTier
+
+
+class CudaWeightSet:
+    """One complete, immutable set of engine weights in device memory.
+
+    A set that replaces everything has an arena of its own; one that replaces a part has a small arena and shares the
+    rest with the set it was derived from.
+    """
+
+    def __init__(self, places: Mapping[str, Arena], shared_nbytes: int) -> None:
+        self.places = places
+        self._shared = shared_nbytes
+        self._full_speed = SingleTier()
+
+    def view(self, name: str) -> Tensor:
+        """An engine weight on the device."""
+        return self.places[name].views[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its engine weights, shared ones included."""
+        return sum(arena.layout.slots[name].nbytes for name, arena in self.places.items())
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes shared with the set it was derived from."""
+        return self._shared
+
+    @property
+    def full_speed(self) -> FullSpeed:
+        """When this set reaches its last tier of speed: at once."""
+        return self._full_speed
