@@ -105,9 +105,24 @@ def test_what_does_not_compose_is_staged() -> None:
             Piece((4,), Walk(4, (1,)), (Operand("b", Walk(0, (1,))),)),
         ),
     )
-    composed, staged = resolve(whole(TensorSpec("l", "float32", (8,)), "m"), {"m": halves})
+    crossing = _piece("m", np.arange(8).reshape(2, 4).T)
+    composed, staged = resolve(Recipe(TensorSpec("l", "float32", (4, 2)), (crossing,)), {"m": halves})
     assert list(staged) == ["m"]
     assert composed.sources == {"m"}
+
+
+def test_a_tensor_that_is_another_takes_over_its_pieces() -> None:
+    halves = Recipe(
+        TensorSpec("m", "float32", (8,)),
+        (
+            Piece((4,), Walk(0, (1,)), (Operand("a", Walk(0, (1,))),)),
+            Piece((4,), Walk(4, (1,)), (Operand("b", Walk(0, (1,))),)),
+        ),
+    )
+    composed, staged = resolve(whole(TensorSpec("l", "float32", (2, 4)), "m"), {"m": halves})
+    assert not staged
+    assert composed.sources == {"a", "b"}
+    assert composed.spec.shape == (2, 4)
 
 
 def test_products_and_padding_and_gathers() -> None:

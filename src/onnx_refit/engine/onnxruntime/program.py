@@ -6,11 +6,13 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
+from onnx import NodeProto
 
 from onnx_refit.engine.onnxruntime.native import Binding, make_session, session_options
+from onnx_refit.engine.onnxruntime.vectors import Component, VectorBatch, batches
 from onnx_refit.errors import EngineError
 from onnx_refit.model.graph import reads
-from onnx_refit.tensors import Array, TensorSpec, value_info_of
+from onnx_refit.tensors import Array, TensorSpec, spec_of_value_info, value_info_of
 
 
 class Program:
@@ -33,8 +35,10 @@ class Program:
         self._sessions: dict[frozenset[str], tuple[Binding, tuple[str, ...], tuple[str, ...]]] = {}
         self._inputs: dict[str, frozenset[str]] = {}
         self._groups: dict[str, frozenset[str]] = {}
+        self._components: list[Component] = []
+        self._batches: list[VectorBatch] | None = None
         if model is not None and values:
-            self._sort(model)
+            self._sort(restricted(model, [values[name] for name in sorted(values)]))
 
     def sources_of(self, value: str) -> frozenset[str]:
         """The source weights that a value is computed from."""
@@ -54,17 +58,35 @@ class Program:
         if not names:
             return {}
         every = frozenset(self._values)
-        groups = {every} if names == every else {self._groups[name] for name in names}
         results: dict[str, Array] = {}
         with self._lock:
-            for group in groups:
-                binding, inputs, outputs = self._session(group)
-                try:
-                    made = binding.run((name, sources[name]) for name in inputs)
-                except Exception as error:  # onnxruntime raises a dozen unrelated classes
-                    raise EngineError(f"computing engine weights failed: {error}") from error
-                results.update(zip(outputs, made, strict=True))
+            try:
+                if names == every:
+                    for batch in self._all_batches():
+                        results.update(batch.compute(sources))
+                    groups = {frozenset(every - results.keys())}
+                else:
+                    groups = {self._groups[name] for name in names}
+                for group in groups:
+                    if group:
+                        binding, inputs, outputs = self._session(group)
+                        made = binding.run((name, sources[name]) for name in inputs)
+                        results.update(zip(outputs, made, strict=True))
+            except KeyError as error:
+                raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
+            except Exception as error:  # onnxruntime raises a dozen unrelated classes
+                raise EngineError(f"computing engine weights failed: {error}") from error
         return results
+
+    def _all_batches(self) -> list[VectorBatch]:
+        if self._batches is None:
+            assert self._model is not None
+            graph = self._model.graph
+            specs = {value.name: spec_of_value_info(value) for value in graph.input}
+            specs.update(self._values)
+            constants = {tensor.name: tensor for tensor in graph.initializer}
+            self._batches = batches(self._components, specs, constants, list(self._model.opset_import))
+        return self._batches
 
     def _session(self, group: frozenset[str]) -> tuple[Binding, tuple[str, ...], tuple[str, ...]]:
         found = self._sessions.get(group)
@@ -103,6 +125,10 @@ class Program:
         members: dict[str, set[str]] = {}
         for name in self._values:
             members.setdefault(find(name), set()).add(name)
+        nodes: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            nodes.setdefault(find(next(name for name in node.output if name)), []).append(node)
+        self._components = [Component(tuple(nodes[root]), tuple(sorted(names))) for root, names in members.items()]
         self._inputs = {name: needs[name] for name in self._values}
         self._groups = {name: frozenset(members[find(name)]) for name in self._values}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnx_refit.plan.trace.affine import Order, Split, through
-from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, c_strides
+from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, c_strides, is_whole
 
 
 def resolve(recipe: Recipe, definitions: Mapping[str, Recipe]) -> tuple[Recipe, dict[str, Recipe]]:
@@ -36,6 +36,8 @@ def resolve(recipe: Recipe, definitions: Mapping[str, Recipe]) -> tuple[Recipe, 
 
 def _substitute(recipe: Recipe, name: str, definition: Recipe) -> Recipe | None:
     """The recipe with one source replaced by what that source is made of; None where that is no recipe."""
+    if is_whole(recipe) == name and recipe.spec.dtype == definition.spec.dtype:
+        return Recipe(recipe.spec, definition.pieces, definition.gathers)
     orders = _orders(definition)
     if orders is None:
         return None

@@ -16,7 +16,9 @@ from onnx_refit.plan.trace.affine import Order, through
 from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, Walk, c_strides, whole
 from onnx_refit.tensors import TensorSpec, onnx_dtype_name
 
-_SMALL = 4096  # elements; smaller products are computed with the rest of the program
+_FEW = 64  # elements; smaller products are computed with the rest of the program
+_SMALL = 4096  # elements; larger constants are hidden from shape inference
+_MOST_PARTS = 256
 _SCALED = frozenset({"float32", "float64"})
 
 
@@ -57,11 +59,20 @@ class _Box:
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """Boxes one behind the other along an axis."""
+class _Mosaic:
+    """A value put together from boxes that overlap nowhere and leave nothing out.
 
-    axis: int
-    boxes: tuple[_Box, ...]
+    Attributes:
+        shape: the value's shape.
+        parts: (where the box begins on each axis, box).
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], _Box], ...]
+
+    @staticmethod
+    def of(box: _Box) -> _Mosaic:
+        return _Mosaic(box.shape, (((0,) * len(box.axes), box),))
 
 
 def lower(compiled: CompiledModel) -> Lowered:
@@ -90,7 +101,7 @@ class _Reader:
         self._producers = {output: node for node in model.graph.node for output in node.output if output}
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self._sources = {source.spec.name for source in compiled.sources}
-        self._known: dict[str, _Box | _Stack] = {}
+        self._known: dict[str, _Mosaic] = {}
 
     def specs(self, names: Iterable[str]) -> dict[str, TensorSpec]:
         """The specs of values of the program, in the order of their names."""
@@ -98,31 +109,30 @@ class _Reader:
 
     def recipe(self, spec: TensorSpec) -> Recipe:
         """The recipe of an engine weight that the program computes."""
-        value = self._value(spec.name)
         strides = c_strides(spec.static_shape)
-        if isinstance(value, _Box):
-            return Recipe(spec, (_piece(value, 0, strides),))
-        pieces, offset = [], 0
-        for box in value.boxes:
+        pieces = []
+        for starts, box in self._value(spec.name).parts:
+            offset = sum(start * stride for start, stride in zip(starts, strides, strict=True))
             pieces.append(_piece(box, offset, strides))
-            offset += box.shape[value.axis] * strides[value.axis]
         return Recipe(spec, tuple(pieces))
 
-    def _value(self, name: str) -> _Box | _Stack:
+    def _value(self, name: str) -> _Mosaic:
         if name not in self._known:
             self._known[name] = self._read(name)
         return self._known[name]
 
-    def _read(self, name: str) -> _Box | _Stack:
+    def _read(self, name: str) -> _Mosaic:
         node = self._producers.get(name)
         if node is None or name not in self._specs:
-            return self._plain(name)
+            return _Mosaic.of(self._plain(name))
         rule = _RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
         try:
             found = rule(self, node, name) if rule is not None else None
         except _UnknownShapeError:
             found = None
-        return self._plain(name) if found is None else found
+        if found is None:
+            return _Mosaic.of(self._plain(name))
+        return _Mosaic.of(found) if isinstance(found, _Box) else found
 
     def _plain(self, name: str) -> _Box:
         """A value as it is: a source weight, or something to compute."""
@@ -133,29 +143,40 @@ class _Reader:
         axes = tuple(_Axis(((e, (s,)),)) for e, s in zip(shape, c_strides(shape), strict=True))
         return _Box(axes, ((name, 0),))
 
+    def _mosaic(self, name: str) -> _Mosaic | None:
+        return None if name in self._constants else self._value(name)
+
     def _box(self, name: str) -> _Box | None:
-        if name in self._constants:
-            return None
-        value = self._value(name)
-        return value if isinstance(value, _Box) else None
+        value = self._mosaic(name)
+        return value.parts[0][1] if value is not None and len(value.parts) == 1 else None
 
     def _ints(self, name: str) -> list[int] | None:
         tensor = self._constants.get(name)
         return None if tensor is None else [int(x) for x in onnx.numpy_helper.to_array(tensor).reshape(-1)]
 
-    def reshaped(self, node: NodeProto, name: str) -> _Box | None:
+    def reshaped(self, node: NodeProto, name: str) -> _Mosaic | None:
         """Reshape, Squeeze, Unsqueeze, Flatten, Identity: another shape over the same order."""
-        box = self._box(node.input[0])
-        return None if box is None else _reshape(box, self._specs[name].static_shape)
-
-    def transposed(self, node: NodeProto, name: str) -> _Box | None:
-        """Transpose: the axes in another order."""
-        box = self._box(node.input[0])
-        if box is None:
+        shape = self._specs[name].static_shape
+        value = self._mosaic(node.input[0])
+        if value is None:
             return None
-        order = attribute(node, "perm") or list(reversed(range(len(box.axes))))
+        if len(value.parts) > 1:
+            return _with_ones(value, shape)
+        box = _reshape(value.parts[0][1], shape)
+        return None if box is None else _Mosaic.of(box)
+
+    def transposed(self, node: NodeProto, name: str) -> _Mosaic | None:
+        """Transpose: the axes in another order."""
+        value = self._mosaic(node.input[0])
+        if value is None:
+            return None
+        order = attribute(node, "perm") or list(reversed(range(len(value.shape))))
         assert isinstance(order, Sequence)
-        return _Box(tuple(box.axes[k] for k in order), box.operands)
+        parts = tuple(
+            (tuple(starts[k] for k in order), _Box(tuple(box.axes[k] for k in order), box.operands))
+            for starts, box in value.parts
+        )
+        return _Mosaic(tuple(value.shape[k] for k in order), parts)
 
     def split(self, node: NodeProto, name: str) -> _Box | None:
         """Split: a range of one axis."""
@@ -189,18 +210,24 @@ class _Reader:
             return None
         return result
 
-    def stacked(self, node: NodeProto, name: str) -> _Stack | None:
+    def stacked(self, node: NodeProto, name: str) -> _Mosaic | None:
         """Concat."""
-        boxes = [self._box(part) for part in node.input]
-        if any(box is None for box in boxes):
-            return None
-        axis = int(attribute(node, "axis", 0)) % len(self._specs[name].static_shape)  # type: ignore[call-overload]
-        return _Stack(axis, tuple(box for box in boxes if box is not None))
+        shape = self._specs[name].static_shape
+        axis = int(attribute(node, "axis", 0)) % len(shape)  # type: ignore[call-overload]
+        parts: list[tuple[tuple[int, ...], _Box]] = []
+        begin = 0
+        for value in (self._mosaic(part) for part in node.input):
+            if value is None or len(parts) + len(value.parts) > _MOST_PARTS:
+                return None
+            for starts, box in value.parts:
+                parts.append(((*starts[:axis], starts[axis] + begin, *starts[axis + 1 :]), box))
+            begin += value.shape[axis]
+        return _Mosaic(shape, tuple(parts))
 
     def product(self, node: NodeProto, name: str) -> _Box | None:
         """Mul of a large tensor by a broadcast one: one multiplication straight into the engine's layout."""
         spec = self._specs[name]
-        if spec.size < _SMALL or spec.dtype not in _SCALED:
+        if spec.size < _FEW or spec.dtype not in _SCALED:
             return None
         boxes = [self._box(part) for part in node.input]
         spread = [_broadcast(box, spec.static_shape) for box in boxes if box is not None and len(box.operands) == 1]
@@ -262,6 +289,21 @@ def _reshape(box: _Box, shape: tuple[int, ...]) -> _Box | None:
             position += 1
         axes.append(_Axis(_merged(cuts)))
     return _Box(tuple(axes), box.operands)
+
+
+def _with_ones(value: _Mosaic, shape: tuple[int, ...]) -> _Mosaic | None:
+    """A mosaic with axes of extent 1 added or taken away; None for any other change of shape."""
+    axes = [k for k, extent in enumerate(value.shape) if extent != 1]
+    if [value.shape[k] for k in axes] != [extent for extent in shape if extent != 1]:
+        return None
+    parts = []
+    for starts, box in value.parts:
+        waiting = iter(axes)
+        one = _Axis(((1, (0,) * len(box.operands)),))
+        taken = [None if extent == 1 else next(waiting) for extent in shape]
+        begin = tuple(0 if k is None else starts[k] for k in taken)
+        parts.append((begin, _Box(tuple(one if k is None else box.axes[k] for k in taken), box.operands)))
+    return _Mosaic(shape, tuple(parts))
 
 
 def _merged(cuts: list[tuple[int, tuple[int, ...]]]) -> tuple[tuple[int, tuple[int, ...]], ...]:

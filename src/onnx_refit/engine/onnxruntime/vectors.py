@@ -1,0 +1,154 @@
+"""Many small computations of one form as one: the vectors behind each other, the program run once.
+
+A network with fifty folded BatchNormalizations computes the same five elementwise nodes on fifty sets of vectors. Run
+node by node that costs several times the copy of all weights; concatenated it costs next to nothing, and every element
+comes out the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from onnx_refit.engine.onnxruntime.native import Binding, make_session, session_options
+from onnx_refit.tensors import Array, TensorSpec, onnx_dtype
+
+_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Neg", "Reciprocal", "Abs", "Exp", "Identity"})
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Component:
+    """Nodes that share values with each other and with no other node.
+
+    Attributes:
+        nodes: in topological order.
+        wanted: the values of theirs that are asked for.
+    """
+
+    nodes: tuple[NodeProto, ...]
+    wanted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A component with its names taken away: equal for components that compute the same."""
+
+    dtype: str
+    steps: tuple[tuple[str, tuple[str, ...], str], ...]
+    wanted: tuple[str, ...]
+    constants: tuple[tuple[str, bytes, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class _Member:
+    inputs: tuple[str, ...]
+    wanted: tuple[str, ...]
+    length: int
+
+
+class VectorBatch:
+    """Components of one form, computed together."""
+
+    def __init__(self, form: _Form, members: Sequence[_Member], opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
+        self._members = tuple(members)
+        ends = np.cumsum([member.length for member in members])
+        self._ranges = [(int(end) - member.length, int(end)) for end, member in zip(ends, members, strict=True)]
+        kind = onnx_dtype(form.dtype)
+        inputs = [f"i{k}" for k in range(len(members[0].inputs))]
+        graph = helper.make_graph(
+            [helper.make_node(op_type, list(reads), [output]) for op_type, reads, output in form.steps],
+            "vectors",
+            [helper.make_tensor_value_info(name, kind, ["n"]) for name in inputs],
+            [helper.make_tensor_value_info(name, kind, ["n"]) for name in form.wanted],
+            [helper.make_tensor(name, kind, shape, data, raw=True) for name, data, shape in form.constants],
+        )
+        session = make_session(helper.make_model(graph, opset_imports=list(opsets), ir_version=9), session_options(1))
+        self._inputs = inputs
+        self._binding = Binding(session, {}, form.wanted)
+
+    @property
+    def values(self) -> frozenset[str]:
+        """Every value it computes."""
+        return frozenset(name for member in self._members for name in member.wanted)
+
+    def compute(self, sources: Mapping[str, Array]) -> dict[str, Array]:
+        """All its values, as views of few arrays."""
+        joined = [
+            (name, np.concatenate([sources[member.inputs[k]] for member in self._members]))
+            for k, name in enumerate(self._inputs)
+        ]
+        results = self._binding.run(joined)
+        made: dict[str, Array] = {}
+        for member, (begin, end) in zip(self._members, self._ranges, strict=True):
+            for name, result in zip(member.wanted, results, strict=True):
+                made[name] = result[begin:end]
+        return made
+
+
+def batches(
+    components: Sequence[Component],
+    specs: Mapping[str, TensorSpec],
+    constants: Mapping[str, TensorProto],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> list[VectorBatch]:
+    """The components that can be computed together, those of one form in one batch.
+
+    Args:
+        components: all components.
+        specs: the specs of the sources that they read and of the values that are wanted.
+        constants: the constants that they read.
+        opsets: the opsets of their nodes.
+    """
+    forms: dict[_Form, list[_Member]] = {}
+    for component in components:
+        found = _form(component, specs, constants)
+        if found is not None:
+            forms.setdefault(found[0], []).append(found[1])
+    return [VectorBatch(form, members, opsets) for form, members in forms.items() if len(members) >= _FEWEST]
+
+
+def _form(
+    component: Component, specs: Mapping[str, TensorSpec], constants: Mapping[str, TensorProto]
+) -> tuple[_Form, _Member] | None:
+    names: dict[str, str] = {}
+    inputs: list[str] = []
+    held: list[tuple[str, bytes, tuple[int, ...]]] = []
+    steps: list[tuple[str, tuple[str, ...], str]] = []
+    made = {output for node in component.nodes for output in node.output}
+    for node in component.nodes:
+        if node.op_type not in _ELEMENTWISE or node.domain not in {"", "ai.onnx"} or node.attribute:
+            return None
+        for name in node.input:
+            if name in names:
+                continue
+            if name in constants:
+                array = onnx.numpy_helper.to_array(constants[name])
+                if array.size != 1 or array.ndim > 1:
+                    return None
+                names[name] = f"c{len(held)}"
+                held.append((names[name], array.tobytes(), array.shape))
+            elif name not in made:
+                names[name] = f"i{len(inputs)}"
+                inputs.append(name)
+        names[node.output[0]] = f"v{len(steps)}"
+        steps.append((node.op_type, tuple(names[name] for name in node.input), names[node.output[0]]))
+    kinds = {(specs[name].dtype, specs[name].shape) for name in (*inputs, *component.wanted) if name in specs}
+    if len(kinds) != 1 or not inputs or not all(name in specs for name in inputs):
+        return None
+    ((dtype, shape),) = kinds
+    if shape is None or len(shape) != 1 or not isinstance(shape[0], int):
+        return None
+    # Every node must work on vectors: one that reads constants only would give a scalar.
+    vectors = {names[name] for name in inputs}
+    for _, reads, output in steps:
+        if not vectors.intersection(reads):
+            return None
+        vectors.add(output)
+    wanted = tuple(names[name] for name in component.wanted)
+    form = _Form(dtype, tuple(steps), wanted, tuple(held))
+    return form, _Member(tuple(inputs), component.wanted, shape[0])
