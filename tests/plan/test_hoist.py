@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
@@ -50,7 +51,6 @@ def int64(*values: int) -> np.ndarray:
         ([node("Pad", ["w", "p"], ["v"])], {"w": array(1, 3, 5), "p": int64(0, 0, 1, 0)}),
         ([node("Cast", ["w"], ["v"], to=TensorProto.FLOAT)], {"w": array(1, 4, 5, dtype="float16")}),
         ([node("MatMul", ["w", "u"], ["v"])], {"w": array(1, 4, 3), "u": array(2, 3, 5)}),
-        ([node("Identity", ["w"], ["v"])], {"w": array(1, 4, 5)}),
         (
             [node("DepthToSpace", ["w"], ["t"], blocksize=2), node("Reshape", ["t", "s"], ["v"])],
             {"w": array(1, 1, 4, 5, 1), "s": int64(4, 5)},
@@ -324,3 +324,72 @@ def test_a_model_that_imports_only_other_operator_sets() -> None:
     del proto.opset_import[:]
     proto.opset_import.add(domain="ai.onnx.ml", version=3)
     check(proto, {"x": X})
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        [node("Identity", ["w"], ["v"])],
+        [node("Identity", ["w"], ["u"]), node("Identity", ["u"], ["v"])],
+        [node("Cast", ["w"], ["v"], to=TensorProto.FLOAT)],
+        [node("Reshape", ["w", "s"], ["v"])],
+        [node("Transpose", ["w"], ["v"], perm=[0, 1])],
+        [node("Expand", ["w", "s"], ["v"])],
+    ],
+    ids=lambda nodes: nodes[-1].op_type,
+)
+def test_nodes_that_change_nothing_leave_the_weight_as_it_is(nothing) -> None:
+    proto = model(
+        [*nothing, node("MatMul", ["x", "v"], ["y"])],
+        {"x": [3, 4]},
+        ["y", "v"],
+        {"w": array(1, 4, 5), "s": int64(4, 5)},
+    )
+    compiled = check(proto, {"x": X}).compiled
+    assert compiled.program.model is None
+    assert list(compiled.program.passthrough.values()) == ["w"]
+
+
+def test_equal_nodes_make_one_engine_weight() -> None:
+    """A layer that is called twice: TorchScript transposes its weight at each call."""
+    proto = model(
+        [
+            node("Transpose", ["w"], ["t1"], perm=[1, 0]),
+            node("Transpose", ["w"], ["t2"], perm=[1, 0]),
+            node("MatMul", ["x", "t1"], ["a"]),
+            node("MatMul", ["a", "t2"], ["y"]),
+        ],
+        {"x": [3, 4]},
+        ["y"],
+        {"w": array(1, 4, 4)},
+    )
+    compiled = check(proto, {"x": X}).compiled
+    assert len(compiled.engine_weights) == 1
+    assert program_ops(compiled) == ["Transpose"]
+
+
+def test_equal_nodes_in_two_branches_make_one_engine_weight_and_equal_constants_stay_apart() -> None:
+    def part(tag: str) -> onnx.GraphProto:
+        nodes = [
+            node("Transpose", ["w"], [f"{tag}_t"], perm=[1, 0]),
+            node("Exp", ["c"], [f"{tag}_e"]),
+            node("Identity", [f"{tag}_e"], [f"{tag}_i"]),
+            node("Mul", [f"{tag}_t", f"{tag}_i"], [f"{tag}_s"]),
+            node("MatMul", ["x", f"{tag}_s"], [f"{tag}_m"]),
+            node("Pow", [f"{tag}_m", f"{tag}_i"], [f"{tag}_p"]),
+            node("IsNaN", [f"{tag}_p"], [f"{tag}_n"]),
+            node("Where", [f"{tag}_n", f"{tag}_m", f"{tag}_p"], [f"{tag}_o"]),
+        ]
+        return graph(nodes, [], [value(f"{tag}_o")], None, tag)
+
+    proto = model(
+        [node("If", ["cond"], ["y"], name="if", then_branch=part("then"), else_branch=part("else"))],
+        {"x": [3, 4]},
+        ["y"],
+        {"w": array(1, 4, 4), "c": np.array(0.3, np.float32)},
+    )
+    proto.graph.input.append(value("cond", [], TensorProto.BOOL))
+    for taken in (True, False):
+        compiled = check(proto, {"x": X, "cond": np.array(taken)}).compiled
+        assert program_ops(compiled).count("Transpose") == 1
+        assert "Identity" not in ops(compiled)

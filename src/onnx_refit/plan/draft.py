@@ -25,12 +25,14 @@ class Draft:
         program: the refit program so far: the source weights, the constants, and what was computed from them.
         names: gives names that clash with none in use.
         decisions: what was decided so far, with reasons.
+        aliases: value that the model names -> the value of the program that it is, under another name.
     """
 
     model: ModelProto
     program: ProgramBuilder
     names: Names
     decisions: list[Decision] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @property
     def graph(self) -> GraphProto:

@@ -70,7 +70,7 @@ def _restore_outputs(draft: Draft) -> None:
         for value in graph.output:
             if value.name in made:
                 continue
-            source = value.name
+            source = draft.aliases.get(value.name, value.name)
             if graph is not draft.graph:
                 value.name = draft.names.fresh(f"{source}_output")
             graph.node.append(

@@ -96,6 +96,9 @@ def _hoist_graph(draft: Draft, graph: GraphProto) -> int:
     moved = []
     inner_count = 0
     for index, node in enumerate(graph.node):
+        for place, name in enumerate(node.input):
+            if name in draft.aliases:
+                node.input[place] = draft.aliases[name]
         for inner in subgraphs(node):
             inner_count += _hoist_graph(draft, inner)
         if _hoist_node(draft, node):
@@ -125,11 +128,12 @@ def _hoist_node(draft: Draft, node: NodeProto) -> bool:
     copy = NodeProto()
     copy.CopyFrom(node)
     try:
-        program.push(copy)
+        values = program.push(copy)
     except NotStaticError as error:
         if weights:
             draft.reject(node.name, f"hoist {node.op_type}", error.message)
         return False
+    draft.aliases.update((name, value) for name, value in values.items() if name != value)
     if weights:
         draft.accept(node.name, f"hoist {node.op_type}", "it reads weights and constants only")
     return weights

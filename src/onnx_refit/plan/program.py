@@ -37,6 +37,7 @@ class ProgramBuilder:
         self.depends: dict[str, frozenset[str]] = {}
         self.nodes: list[NodeProto] = []
         self._names = names
+        self._known: dict[bytes, list[str]] = {}
         self._types: dict[str, TypeProto] = {}
         self._data: dict[str, TensorProto] = {}
         self._versions = {entry.domain.replace("ai.onnx", "") or "": entry.version for entry in opsets}
@@ -76,16 +77,40 @@ class ProgramBuilder:
         """The dtype of a value of the program."""
         return self.specs[name].dtype
 
-    def push(self, node: NodeProto) -> None:
-        """Append a node whose inputs are all in the program.
+    def push(self, node: NodeProto) -> dict[str, str]:
+        """Append a node whose inputs are all in the program, and whose operator gives the same for the same inputs.
+
+        Returns:
+            Output of the node -> the value to read in its place: itself; or the input, where the node changes nothing;
+            or the output of an equal node that reads weights, where there is one already. A node that is not needed
+            is not appended. Constant expressions are not merged: they live on in the graphs they came from.
 
         Raises:
             NotStaticError: the operator has no schema, or an output's shape depends on values.
         """
-        for spec in self.infer(node):
-            inputs = [self.depends[name] for name in node.input if name]
-            self._add(spec, frozenset().union(*inputs))
+        specs = self.infer(node)
+        outputs = [name for name in node.output if name]
+        if self._changes_nothing(node, specs[0]):
+            return {outputs[0]: node.input[0]}
+        depends = frozenset().union(*(self.depends[name] for name in node.input if name))
+        key = _signature(node)
+        known = self._known.get(key)
+        if known is not None and depends:
+            return {name: known[index] for index, name in enumerate(node.output) if name}
+        for spec in specs:
+            self._add(spec, depends)
         self.nodes.append(node)
+        self._known[key] = list(node.output)
+        return {name: name for name in outputs}
+
+    def _changes_nothing(self, node: NodeProto, output: TensorSpec) -> bool:
+        if node.op_type == "Transpose":
+            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+            return order == sorted(order) if order else len(output.static_shape) < 2
+        if node.op_type not in {"Identity", "Cast", "Reshape", "Flatten", "Expand"}:
+            return False
+        given = self.specs[node.input[0]]
+        return (given.dtype, given.shape) == (output.dtype, output.shape)
 
     def infer(self, node: NodeProto) -> list[TensorSpec]:
         """The specs of a node's outputs, its inputs being values of the program; raises as ``push``."""
@@ -135,8 +160,8 @@ class ProgramBuilder:
             attributes: its attributes.
         """
         output = self._names.fresh(wish)
-        self.push(helper.make_node(op_type, list(inputs), [output], name=f"{output}/{op_type}", **attributes))
-        return output
+        node = helper.make_node(op_type, list(inputs), [output], name=f"{output}/{op_type}", **attributes)
+        return self.push(node)[output]
 
     def prune(self, wanted: Iterable[str]) -> list[NodeProto]:
         """The nodes that the wanted values need, in order."""
@@ -180,3 +205,11 @@ class ProgramBuilder:
         ]
         graph = helper.make_graph(copies, "refit", inputs, outputs, constants)
         return helper.make_model(graph, opset_imports=self.opsets, ir_version=self.ir_version)
+
+
+def _signature(node: NodeProto) -> bytes:
+    """What a node computes from what, whatever it and its outputs are called."""
+    bare = NodeProto(op_type=node.op_type, domain=node.domain, input=node.input)
+    bare.attribute.extend(sorted(node.attribute, key=lambda attribute: attribute.name))
+    bare.output.extend("x" if name else "" for name in node.output)
+    return bytes(bare.SerializeToString(deterministic=True))
