@@ -25,15 +25,15 @@ class Running:
 
     def __init__(self, *arguments, env=None):
         # A file, not a pipe: a pipe that nobody reads would fill up and stop the server.
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-c", _RUN, *map(str, arguments), "--port", "0"],
             stderr=self._output,
             env={**os.environ, "ONNX_REFIT_TOKEN": TOKEN, **(env or {})},
         )
-        self.url = self.grpc = None
+        self.url = self.grpc = ""
         deadline = time.monotonic() + 60
-        while self.url is None:
+        while not self.url:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
                 raise AssertionError(self.output)

@@ -42,7 +42,7 @@ class Waiting:
         assert self.event.wait(10)
         if self.job.error:
             raise self.job.error
-        return self.job.results["y"]
+        return (self.job.results or {})["y"]
 
 
 @pytest.fixture

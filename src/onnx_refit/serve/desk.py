@@ -16,12 +16,11 @@ from onnx_refit.refit.versions import VersionInfo
 from onnx_refit.serve.errors import ServeError
 from onnx_refit.serve.events import EventHub
 from onnx_refit.serve.metrics import Metrics
+from onnx_refit.serve.received import open_upload
 from onnx_refit.serve.settings import Limits
 from onnx_refit.serve.spool import Upload
-from onnx_refit.serve.staging import Entry, NamedSource, StageOptions, StagingTable, make_entry
-from onnx_refit.weights.open import open_path
+from onnx_refit.serve.staging import Entry, StageOptions, StagingTable, make_entry
 from onnx_refit.weights.scan import measure
-from onnx_refit.weights.sources.torch_checkpoint import TorchCheckpointSource
 
 _LISTED = 200
 
@@ -68,7 +67,7 @@ class RefitDesk:
             self._table.require_room()
             self._events.publish("staging", id=identifier, sha256=upload.sha256, bytes=upload.nbytes, label=label)
             with self._told("rejected", id=identifier, label=label):
-                source = NamedSource(_open(upload, label), label)
+                source = open_upload(upload, label)
                 try:
                     staged = self._engine.stage(source, options.check_options())
                 finally:
@@ -288,19 +287,6 @@ class RefitDesk:
         self._metrics.version.labels(self._model).set(self._engine.version)
         held = {str(info.number) for info in self._engine.versions if info.held}
         self._metrics.forget_versions(self._model, held)
-
-
-def _open(upload: Upload, label: str) -> Any:
-    try:
-        source = open_path(upload.path)
-    except OnnxRefitError as error:
-        # Where the server keeps its uploads is nobody's business.
-        error.where = label
-        raise
-    if isinstance(source, TorchCheckpointSource):
-        source.close()
-        raise ServeError(415, "PyTorch checkpoints are not taken over the network", hint="Save it as safetensors")
-    return source
 
 
 def _short(entry: Entry) -> dict[str, Any]:

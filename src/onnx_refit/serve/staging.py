@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -13,8 +12,6 @@ from onnx_refit.errors import VersionError
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.transaction import Staged, State
 from onnx_refit.serve.errors import ServeError
-from onnx_refit.tensors import Array, TensorSpec
-from onnx_refit.weights.source import WeightSource
 
 _REMEMBERED = 256
 
@@ -49,31 +46,6 @@ class StageOptions:
         """The id of what staging this content makes; a partial refit depends on the version it builds on."""
         text = f"{sha256} {self.partial} {self.allow_nonfinite} {self.allow_rounding} {base if self.partial else ''}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class NamedSource:
-    """A weight source under another description: clients and logs see what was uploaded, not where it lies."""
-
-    def __init__(self, source: WeightSource, description: str) -> None:
-        self._source, self._description = source, description
-
-    @property
-    def description(self) -> str:
-        """Where the tensors come from, in words."""
-        return self._description
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Name -> spec of every tensor."""
-        return self._source.specs
-
-    def read(self, name: str) -> Array:
-        """One tensor."""
-        return self._source.read(name)
-
-    def close(self) -> None:
-        """Release the files."""
-        self._source.close()
 
 
 @dataclass
