@@ -87,7 +87,7 @@ class Diff:
     @property
     def histogram(self) -> tuple[int, ...]:
         """The histogram over all common tensors."""
-        return tuple(int(n) for n in np.sum([t.histogram for t in self.tensors] or [[0] * _BINS], axis=0))
+        return tuple(int(n) for n in np.sum([t.histogram for t in self.tensors] or [(0,) * _BINS], axis=0))
 
     def to_json(self) -> dict[str, Any]:
         """The differences as JSON-able values; numbers that JSON lacks become null."""

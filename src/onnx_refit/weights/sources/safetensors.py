@@ -34,6 +34,8 @@ _DTYPES = {
     "C64": "complex64",
 }
 _SAFE_BY_NAME = {name: code for code, name in _DTYPES.items()}
+STORABLE = frozenset(_SAFE_BY_NAME)
+"""The project's names of the dtypes that the format can hold."""
 _MAX_RANK = 32
 _AGAIN = "The file is damaged or was not written by a safetensors library: write or copy it again"
 
