@@ -10,6 +10,7 @@ with onnx_refit.load("model.plan") as engine:
 
 from onnx_refit._version import __version__
 from onnx_refit.api import BuildOptions, EngineOptions, build, check, load, refit_plan
+from onnx_refit.compose import delta, lerp, lora
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.canary import Canary
@@ -33,6 +34,9 @@ __all__ = [
     "__version__",
     "build",
     "check",
+    "delta",
+    "lerp",
     "load",
+    "lora",
     "refit_plan",
 ]

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import safetensors.numpy
 
+import onnx_refit
 from onnx_refit.cli.main import cli, main
 from tests.support.models import mlp, mlp_input, mlp_reference, mlp_weights
 
@@ -89,6 +90,51 @@ def test_check_says_what_would_be_refused_and_why(place: Path, capsys: pytest.Ca
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"]
     assert [entry["name"] for entry in report["missing"]] == ["b1"]
+
+
+def test_diff_shows_changes_and_its_delta_brings_them_back(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, one, delta = place / "mlp.plan", place / "one.safetensors", place / "delta.safetensors"
+    shown = run_json(capsys, "diff", str(plan), str(one), "-o", str(delta), "--html", str(place / "d.html"))
+    assert shown["changed"] == 4
+    assert "<h1>" in (place / "d.html").read_text()
+    assert main(["refit", str(plan), str(plan), "--delta", str(delta), "-o", str(place / "other.plan")]) == 0
+    assert main(["diff", str(place / "other.plan"), str(one)]) == 0
+    assert "identical" in capsys.readouterr().out
+    assert main(["refit", str(plan), str(one), "--delta", str(delta), "-o", str(place / "new")]) == 1
+    assert "applies to the checkpoint" in capsys.readouterr().err
+    assert not (place / "new").exists()
+
+
+def test_interpolation_goes_half_the_way(place: Path) -> None:
+    plan, one, half = str(place / "mlp.plan"), str(place / "one.safetensors"), place / "half.plan"
+    assert main(["refit", plan, plan, "--lerp", f"{one}=0.5", "-o", str(half)]) == 0
+    weights = onnx_refit.Plan.load(half).weights
+    assert weights is not None
+    np.testing.assert_allclose(weights["w1"], (mlp_weights(0)["w1"] + mlp_weights(1)["w1"]) / 2, rtol=1e-5, atol=1e-6)
+    assert main(["refit", plan, plan, "--lerp", one, "-o", str(half)]) == 2
+
+
+def test_an_adapter_is_merged_into_its_base(place: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 24)).astype(np.float32), rng.standard_normal((40, 2)).astype(np.float32)
+    folder = place / "adapter"
+    folder.mkdir()
+    tensors = {"base_model.model.first.lora_A.weight": a, "base_model.model.first.lora_B.weight": b}
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["first"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = {("first.weight" if name == "w1" else name): array for name, array in mlp_weights(1).items()}
+    base["first.weight"] = np.ascontiguousarray(base["first.weight"].T)
+    safetensors.numpy.save_file(base, place / "base.safetensors")
+    onnx.save(mlp(mlp_weights(1)), place / "base.onnx")
+    plan, out = str(place / "base.plan"), str(place / "merged.plan")
+    checkpoint = str(place / "base.safetensors")
+    assert main(["build", str(place / "base.onnx"), "-o", plan, "--checkpoint", checkpoint]) == 0
+    assert main(["refit", plan, checkpoint, "--lora", f"{folder}=0.5", "-o", out]) == 0
+    weights = onnx_refit.Plan.load(out).weights
+    assert weights is not None
+    np.testing.assert_allclose(weights["w1"], mlp_weights(1)["w1"] + (b @ a).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(weights["w2"], mlp_weights(1)["w2"])
 
 
 def test_prepare_writes_a_model(place: Path) -> None:

@@ -94,8 +94,7 @@ def test_weights_that_do_not_fit_are_refused(saved: Path) -> None:
 def rewritten(saved: Path, path: Path, **metadata: str) -> Path:
     """The plan with other metadata."""
     source = SafetensorsSource(saved)
-    with path.open("wb") as file:
-        write_safetensors(file, {n: source.read(n) for n in source.specs}, {**source.metadata, **metadata})
+    write_safetensors(path, source, {**source.metadata, **metadata})
     return path
 
 

@@ -13,7 +13,7 @@ from onnx_refit._version import __version__
 from onnx_refit.cli.output import err
 from onnx_refit.cli.plans import build_command, inspect_command, prepare_command
 from onnx_refit.cli.running import bench_command, run_command
-from onnx_refit.cli.weights import check_command, refit_command
+from onnx_refit.cli.weights import check_command, diff_command, refit_command
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.samples.bidaf.cli import bidaf
 
@@ -32,6 +32,7 @@ for command in (
     check_command,
     refit_command,
     run_command,
+    diff_command,
     bench_command,
     bidaf,
 ):

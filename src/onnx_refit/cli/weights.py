@@ -1,4 +1,4 @@
-"""``check`` and ``refit``: weights against a plan."""
+"""``check``, ``refit`` and ``diff``: weights against a plan, and against each other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from typing import Any
 
 import click
 
-from onnx_refit import api
-from onnx_refit.cli.output import emit_json, human_bytes, json_option, say, spinner, table
+from onnx_refit import api, compose
+from onnx_refit.cli.output import emit_json, human_bytes, json_option, progress, say, shape_text, spinner, table
 from onnx_refit.cli.plans import PATH
+from onnx_refit.files import write_text
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.weights.open import WeightsLike, open_weights
+from onnx_refit.refit.live import initial_weights
+from onnx_refit.weights.delta import write_delta
+from onnx_refit.weights.diff import diff
+from onnx_refit.weights.diff_report import to_html, write_plot
+from onnx_refit.weights.open import open_weights
 from onnx_refit.weights.rules import Rules
+from onnx_refit.weights.source import WeightSource
+from onnx_refit.weights.sources.arrays import ArraysSource
 
 
 def check_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +33,6 @@ def check_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--partial", is_flag=True, help="Weights that are not given stay as they are."),
         click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinities."),
         click.option("--allow-rounding", is_flag=True, help="Accept a cast that rounds values."),
-        click.option("--rules", type=PATH, help="A TOML file with rules that rename tensors first."),
     ):
         command = option(command)
     return command
@@ -43,9 +49,51 @@ def make_options(partial: bool, allow_nonfinite: bool, allow_rounding: bool, *, 
     )
 
 
-def open_renamed(weights: str, rules: Path | None) -> WeightsLike:
-    """The weights a command names, seen through the rules of a file if one is given."""
-    return weights if rules is None else Rules.load(rules).apply(open_weights(weights))
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what becomes of the weights named, before they are checked."""
+    for option in (
+        click.option("--rules", type=PATH, help="A TOML file with rules that rename tensors first."),
+        click.option("--lora", multiple=True, metavar="ADAPTER[=SCALE]", help="Merge a PEFT adapter (repeatable)."),
+        click.option("--delta", type=PATH, help="Apply a delta made by 'diff -o'."),
+        click.option("--lerp", metavar="OTHER=T", help="Go the way T (0 to 1) to another checkpoint."),
+    ):
+        command = option(command)
+    return command
+
+
+def open_source(
+    weights: str,
+    rules: Path | None = None,
+    lora: tuple[str, ...] = (),
+    delta: Path | None = None,
+    lerp: str | None = None,
+) -> WeightSource:
+    """The weights a command names: a checkpoint or a plan, then interpolated, adapted, renamed as asked."""
+    source = plan_weights(weights) or open_weights(weights)
+    if lerp is not None:
+        other, t = _number(lerp, "--lerp")
+        source = compose.lerp(source, plan_weights(other) or open_weights(other), t)
+    if delta is not None:
+        source = compose.delta(source, delta)
+    if lora:
+        pairs = [_number(one, "--lora") if "=" in one else (one, 1.0) for one in lora]
+        source = compose.lora(source, *pairs)
+    return source if rules is None else Rules.load(rules).apply(source)
+
+
+def plan_weights(path: str) -> WeightSource | None:
+    """The weights of a plan file, or None if the path is something else."""
+    if not (path.endswith(".plan") and Path(path).is_file()):
+        return None
+    return ArraysSource(initial_weights(Plan.load(path)), path)
+
+
+def _number(text: str, option: str) -> tuple[str, float]:
+    name, _, number = text.rpartition("=")
+    try:
+        return name, float(number)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} does not end in =NUMBER", param_hint=option) from error
 
 
 def show_check(report: CheckReport, *, measured: bool) -> None:
@@ -91,6 +139,7 @@ def _specs(entry: Any) -> str:
 @click.argument("plan", type=PATH)
 @click.argument("weights", type=str)
 @check_options
+@source_options
 @json_option
 def check_command(
     plan: Path,
@@ -98,15 +147,15 @@ def check_command(
     partial: bool,
     allow_nonfinite: bool,
     allow_rounding: bool,
-    rules: Path | None,
     as_json: bool,
+    **composed: Any,
 ) -> None:
     """Check WEIGHTS against PLAN without changing anything: accepted, rejected with reasons, missing, not used.
 
     Exit code 0 if a refit would be accepted, 1 if not.
     """
     with spinner(f"checking {weights}", quiet=as_json):
-        source = open_renamed(weights, rules)
+        source = open_source(weights, **composed)
         report = api.check(plan, source, make_options(partial, allow_nonfinite, allow_rounding, measure=True))
     if as_json:
         emit_json(report.to_json())
@@ -123,6 +172,7 @@ def check_command(
 @click.argument("weights", type=str)
 @click.option("-o", "--output", type=PATH, required=True, help="Where to write the plan with the new weights.")
 @check_options
+@source_options
 @json_option
 def refit_command(
     plan: Path,
@@ -131,14 +181,14 @@ def refit_command(
     partial: bool,
     allow_nonfinite: bool,
     allow_rounding: bool,
-    rules: Path | None,
     as_json: bool,
+    **composed: Any,
 ) -> None:
     """Write PLAN with other WEIGHTS to OUTPUT; PLAN itself stays as it is unless OUTPUT names it."""
     started = time.perf_counter()
     opened = Plan.load(plan)
     with spinner(f"refitting {plan}", quiet=as_json):
-        source = open_renamed(weights, rules)
+        source = open_source(weights, **composed)
         refitted = api.refit_plan(opened, source, make_options(partial, allow_nonfinite, allow_rounding))
         refitted.save(output)
     seconds = time.perf_counter() - started
@@ -146,3 +196,57 @@ def refit_command(
         emit_json({"plan": str(output), "seconds": seconds, "weight_bytes": opened.weight_bytes})
         return
     say(f"wrote {output}: {human_bytes(opened.weight_bytes)} of weights from {weights} in {seconds:.2f} s")
+
+
+@click.command("diff")
+@click.argument("a", type=str)
+@click.argument("b", type=str)
+@click.option("-o", "--output", type=PATH, help="Write a delta that turns A into B (safetensors).")
+@click.option("--html", type=PATH, help="Write a report as one HTML page.")
+@click.option("--plot", type=PATH, help="Draw the change of each tensor (PNG or SVG).")
+@json_option
+def diff_command(a: str, b: str, output: Path | None, html: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Compare two checkpoints (or plans) tensor by tensor."""
+    before, after = open_source(a), open_source(b)
+    total = sum(spec.nbytes for name, spec in before.specs.items() if after.specs.get(name) == spec)
+    with progress("comparing", total, as_bytes=True, quiet=as_json) as done:
+        found = diff(before, after, done)
+    summary = write_delta(before, after, output) if output is not None else None
+    if html is not None:
+        write_text(html, to_html(found))
+    if plot is not None:
+        write_plot(found, plot)
+    if as_json:
+        emit_json({**found.to_json(), "delta": None if summary is None else {"path": str(output), **vars(summary)}})
+        return
+    if found.identical:
+        say("the two are identical, bit for bit")
+    rows = [
+        (
+            t.spec.name,
+            t.spec.dtype,
+            shape_text(t.spec.shape),
+            f"{100 * t.changed_bytes / max(1, t.spec.nbytes):.1f} %",
+            f"{t.relative_change:.3g}",
+            f"{t.largest_relative_change:.3g}",
+            f"{t.norm_before:.4g}",
+            f"{t.norm_after:.4g}",
+        )
+        for t in found.changed
+    ]
+    if rows:
+        columns = ["tensor", "dtype", "shape", "bytes changed", "change / norm", "largest", "norm before", "norm after"]
+        title = f"{len(rows)} tensors differ, {len(found.tensors) - len(rows)} are equal"
+        table(title, columns, rows, right=(3, 4, 5, 6, 7))
+    for title, specs in (
+        ("another dtype or shape", [f"{one} became {other}" for one, other in found.reshaped]),
+        ("only in the first", [str(spec) for spec in found.removed]),
+        ("only in the second", [str(spec) for spec in found.added]),
+    ):
+        if specs:
+            table(title, ["tensor"], [(spec,) for spec in specs])
+    if summary is not None:
+        say(f"wrote {output}: {human_bytes(summary.nbytes)} for {len(summary.changed)} tensors")
+    for path in (html, plot):
+        if path is not None:
+            say(f"wrote {path}")

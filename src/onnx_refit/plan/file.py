@@ -26,12 +26,12 @@ from google.protobuf.message import DecodeError
 
 from onnx_refit._version import __version__
 from onnx_refit.errors import ModelError, PlanFormatError, WeightsError
-from onnx_refit.files import atomic_write
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel, Decision, RefitProgram, SourceWeight, Verdict
 from onnx_refit.plan.plan import Plan
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 from onnx_refit.weights.names import NameMap
+from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.sources.safetensors import SafetensorsSource
 from onnx_refit.weights.write import write_safetensors
 
@@ -73,8 +73,7 @@ def write_plan(plan: Plan, path: Path, *, strip: bool) -> Path:
         "sha256": _digests(stored),
     }
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "manifest": json.dumps(manifest)}
-    with atomic_write(path) as file:
-        write_safetensors(file, stored, metadata)
+    write_safetensors(path, ArraysSource(stored), metadata)
     return path
 
 
