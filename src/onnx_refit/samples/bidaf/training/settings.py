@@ -34,10 +34,10 @@ class Settings:
     """
 
     seed: int = 1
-    epochs: float = 16.0
+    epochs: float = 14.0
     minutes: float = 0.0
     batch: int = 64
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2.5e-3
     word_rate: float = 0.2
     final_rate: float = 0.02
     warmup: int = 500
