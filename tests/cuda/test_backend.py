@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # the tensors are small; many threads on few cores wait for each other
 
 import onnx_refit  # noqa: E402
 from onnx_refit.engine.cuda.backend import CudaBackend  # noqa: E402

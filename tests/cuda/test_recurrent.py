@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # the tensors are small; many threads on few cores wait for each other
 
 from onnx_refit.engine.cuda import persistent  # noqa: E402
 from onnx_refit.engine.cuda.lowering import recurrent  # noqa: E402

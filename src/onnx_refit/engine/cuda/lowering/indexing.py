@@ -20,7 +20,7 @@ def gather(node: Node, x: Tensor, index: Tensor) -> Tensor:
     """Rows along an axis, in the shape of the indices."""
     axis = node.get("axis", 0) % x.dim()
     picked = torch.index_select(x, axis, _positive(index, x.shape[axis]).reshape(-1))
-    return picked.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 @operator("GatherElements")
@@ -60,11 +60,11 @@ def scatter_nd(node: Node, x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
     """Place slices by index tuples."""
     depth = index.shape[-1]
     parts = tuple(_positive(index[..., i], x.shape[i]).reshape(-1) for i in range(depth))
-    values = updates.reshape(-1, *x.shape[depth:])
+    values = updates.reshape((-1, *x.shape[depth:]))
     result, how = x.clone(), node.get("reduction", "none")
     if how in ("none", "add"):
         return result.index_put_(parts, values, accumulate=how == "add")
-    flat = result.reshape(-1, *x.shape[depth:])
+    flat = result.reshape((-1, *x.shape[depth:]))
     row = torch.zeros_like(parts[0])
     for part, extent in zip(parts, x.shape[:depth], strict=True):
         row = row * extent + part
@@ -132,5 +132,5 @@ def reverse_sequence(node: Node, x: Tensor, lengths: Tensor) -> Tensor:
     steps = torch.arange(y.shape[0], device=x.device).unsqueeze(1)
     lengths = lengths.to(torch.int64).unsqueeze(0)
     index = torch.where(steps < lengths, lengths - 1 - steps, steps)
-    index = index.reshape(*index.shape, *[1] * (y.dim() - 2)).expand(y.shape)
+    index = index.reshape((*index.shape, *[1] * (y.dim() - 2))).expand(y.shape)
     return torch.gather(y, 0, index).movedim((0, 1), (time, batch))
