@@ -53,9 +53,9 @@ class OnnxRuntimeBackend:
         sources = {source.spec.name: source.spec for source in compiled.sources}
         self._specs = {name: recipe.spec for name, recipe in specialised.buffers.items()}
         self._pool = BufferPool(self._specs.values())
-        itemsizes = {name: numpy_dtype(spec.dtype).itemsize for name, spec in sources.items()}
+        dtypes = {name: numpy_dtype(spec.dtype) for name, spec in sources.items()}
         threads = options.threads or usable_cores()
-        self._deriver = Deriver(specialised, compiled.program.model, itemsizes, block_size(), threads)
+        self._deriver = Deriver(specialised, compiled.program.model, dtypes, block_size(), threads)
         self._recoverer = Recoverer(specialised, sources)
         self._session = make_session(specialised.model, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 
 from onnx_refit.engine.onnxruntime.buffers import Storage
 from onnx_refit.engine.onnxruntime.packer import Packer
-from onnx_refit.engine.onnxruntime.packing import Packing, packing
+from onnx_refit.engine.onnxruntime.packing import packing
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
 from onnx_refit.errors import EngineError
@@ -25,16 +26,20 @@ _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 
 Tensors = Mapping[str, Array]
 """Flat tensors by their prefixed names."""
-_Task = tuple[int, Callable[[], None]]
+_Task = tuple[int, Callable[..., object], tuple[Any, ...]]
+"""Elements, what to call, with what."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a piece reads: name, first byte, strides in bytes."""
+    """Where a piece reads: name, first byte, strides in bytes; whether NumPy exposes such arrays as buffers."""
 
     name: str
+    dtype: np.dtype[np.generic]
+    dims: tuple[int, ...]
     offset: int
     strides: tuple[int, ...]
+    exposed: bool
 
 
 class _Writer:
@@ -42,7 +47,7 @@ class _Writer:
 
     __slots__ = ("_items", "_pack", "_pieces", "_recipe", "_whole", "size")
 
-    def __init__(self, recipe: Recipe, itemsizes: Mapping[str, int], block: int) -> None:
+    def __init__(self, recipe: Recipe, dtypes: Mapping[str, np.dtype[np.generic]], block: int) -> None:
         self._recipe = recipe
         self._whole = is_whole(recipe)
         self._pieces = [part for piece in recipe.pieces for part in _cut(piece)]
@@ -52,8 +57,11 @@ class _Writer:
             tuple(
                 _Source(
                     operand.name,
-                    operand.walk.offset * itemsizes[operand.name],
-                    tuple(stride * itemsizes[operand.name] for stride in operand.walk.strides),
+                    dtypes[operand.name],
+                    piece.dims,
+                    operand.walk.offset * dtypes[operand.name].itemsize,
+                    tuple(stride * dtypes[operand.name].itemsize for stride in operand.walk.strides),
+                    dtypes[operand.name].kind != "V",
                 )
                 for operand in piece.operands
             )
@@ -61,47 +69,38 @@ class _Writer:
         ]
         self.size = recipe.spec.size
 
-    def tasks(self, tensors: Tensors, storage: Storage, packer: Packer | None) -> Iterable[_Task]:
-        """(elements, what to do) for each independent part of the work."""
+    def tasks(self, tensors: Tensors, storage: Storage, packer: Packer | None) -> list[_Task]:
+        """The independent parts of the work. Called for each engine weight at each refit: kept lean."""
         if self._pack and packer is not None:
+            fetch = tensors.__getitem__
             ends = [*(begin for begin, _ in self._pack[1:]), self.size]
-            for (begin, part), end in zip(self._pack, ends, strict=True):
-                yield end - begin, _packing_task(part, packer, tensors, storage.flat[begin:end])
-            return
+            return [
+                (end - begin, packer.pack, (part, fetch, storage.flat[begin:end]))
+                for (begin, part), end in zip(self._pack, ends, strict=True)
+            ]
         if self._whole is not None and self.size <= _SPLIT:
-            yield self.size, _copy_task(storage.flat, tensors[self._whole])
-            return
-        if storage.views is None:
-            storage.views = tuple(along(storage.flat, piece.dims, piece.target) for piece in self._pieces)
-        for piece, view, sources in zip(self._pieces, storage.views, self._items, strict=True):
+            return [(self.size, np.copyto, (storage.flat, tensors[self._whole], "unsafe"))]
+        views = storage.views
+        if views is None:
+            views = tuple(along(storage.flat, piece.dims, piece.target) for piece in self._pieces)
+            storage.views = views
+        made: list[_Task] = []
+        for view, sources in zip(views, self._items, strict=True):
             reads = []
             for source in sources:
                 flat = tensors[source.name]
-                reads.append(np.ndarray(piece.dims, flat.dtype, flat.view(np.uint8), source.offset, source.strides))
-            yield view.size, _copy_task(view, *reads)
-        for gather in self._recipe.gathers:
-            yield 16 * gather.to.size, _gather_task(gather, tensors[gather.source], storage.flat)
+                memory = flat if source.exposed else flat.view(np.uint8)
+                reads.append(np.ndarray(source.dims, source.dtype, memory, source.offset, source.strides))
+            if len(reads) == 1:
+                made.append((view.size, np.copyto, (view, reads[0], "unsafe")))
+            else:
+                made.append((view.size, np.multiply, (reads[0], reads[1], view)))
+        gathers = self._recipe.gathers
+        return [*made, *((16 * g.to.size, _gather, (g, tensors[g.source], storage.flat)) for g in gathers)]
 
 
-def _copy_task(target: Array, first: Array, second: Array | None = None) -> Callable[[], None]:
-    if second is not None:
-        return lambda: _multiply(first, second, target)
-    return lambda: np.copyto(target, first, casting="unsafe")
-
-
-def _gather_task(gather: Gather, source: Array, target: Array) -> Callable[[], None]:
-    def take() -> None:
-        target[gather.to] = source[gather.take].astype(target.dtype, copy=False)
-
-    return take
-
-
-def _multiply(first: Array, second: Array, target: Array) -> None:
-    np.multiply(first, second, out=target)
-
-
-def _packing_task(part: Packing, packer: Packer, tensors: Tensors, target: Array) -> Callable[[], None]:
-    return lambda: packer.pack(part, tensors.__getitem__, target)
+def _gather(gather: Gather, source: Array, target: Array) -> None:
+    target[gather.to] = source[gather.take].astype(target.dtype, copy=False)
 
 
 def _cut(piece: Piece) -> list[Piece]:
@@ -128,7 +127,7 @@ class Deriver:
     Args:
         specialised: the recipes.
         program: the refit program's graph.
-        itemsizes: bytes of an element of each source weight.
+        dtypes: of each source weight.
         block: the host's block size.
         threads: threads to write with.
     """
@@ -137,20 +136,23 @@ class Deriver:
         self,
         specialised: Specialised,
         program: onnx.ModelProto | None,
-        itemsizes: Mapping[str, int],
+        dtypes: Mapping[str, np.dtype[np.generic]],
         block: int,
         threads: int,
     ) -> None:
         self._staged = specialised.staged
         self._program = Program(program, specialised.computed, threads)
-        sizes = {SOURCE + name: size for name, size in itemsizes.items()}
-        sizes.update((COMPUTED + n, numpy_dtype(s.dtype).itemsize) for n, s in specialised.computed.items())
-        sizes.update((n, numpy_dtype(r.spec.dtype).itemsize) for n, r in specialised.staged.items())
+        sizes = {SOURCE + name: dtype for name, dtype in dtypes.items()}
+        sizes.update((COMPUTED + name, numpy_dtype(spec.dtype)) for name, spec in specialised.computed.items())
+        sizes.update((name, numpy_dtype(recipe.spec.dtype)) for name, recipe in specialised.staged.items())
+        self._keys = {name: SOURCE + name for name in dtypes}
         self._writers = {name: _Writer(recipe, sizes, block) for name, recipe in specialised.buffers.items()}
         self._packer = Packer(block) if block > 1 else None
         self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
         self._sources = {n: self._only_sources(reads, self._program.sources_of) for n, reads in self._reads.items()}
         self._needed = {n: self._only_sources(reads, self._program.needed_for) for n, reads in self._reads.items()}
+        every = frozenset().union(*self._reads.values()) if self._reads else frozenset()
+        self._all_needs = {name: name.partition(":")[2] for name in sorted(every)}
         self._readers: dict[str, set[str]] = {}
         for name, sources in self._sources.items():
             for source in sources:
@@ -190,35 +192,41 @@ class Deriver:
         Raises:
             EngineError: a source is missing, or a computation failed.
         """
-        needed: set[str] = set().union(*(self._reads[name] for name in targets))
+        needed = self._needs(targets)
         try:
-            tensors = {SOURCE + name: array.reshape(-1) for name, array in sources.items()}
-            computed = [name.removeprefix(COMPUTED) for name in needed if name.startswith(COMPUTED)]
-            made = self._program.compute(computed, sources)
+            tensors = {self._keys[name]: array.reshape(-1) for name, array in sources.items()}
+            made = self._program.compute(
+                [name for space, name in needed.items() if space.startswith(COMPUTED)], sources
+            )
             tensors.update((COMPUTED + name, np.ascontiguousarray(array).reshape(-1)) for name, array in made.items())
             for name, recipe in self._staged.items():
                 if name in needed:
                     tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
-            tasks = [
-                task
-                for name, storage in targets.items()
-                for task in self._writers[name].tasks(tensors, storage, self._packer)
-            ]
+            tasks: list[_Task] = []
+            for name, storage in targets.items():
+                tasks += self._writers[name].tasks(tensors, storage, self._packer)
         except KeyError as error:
             raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
         self._run(tasks)
 
+    def _needs(self, targets: Mapping[str, Storage]) -> Mapping[str, str]:
+        """Every tensor that these engine weights need -> its name without the name space."""
+        if len(targets) == len(self._writers):
+            return self._all_needs
+        needed = set().union(*(self._reads[name] for name in targets))
+        return {name: name.partition(":")[2] for name in needed}
+
     def _run(self, tasks: list[_Task]) -> None:
-        if self._pool is None or sum(size for size, _ in tasks) < _PARALLEL:
-            for _, task in tasks:
-                task()
+        if self._pool is None or sum(task[0] for task in tasks) < _PARALLEL:
+            for _, call, arguments in tasks:
+                call(*arguments)
             return
         tasks.sort(key=lambda task: -task[0])
         waiting = iter(tasks)  # next() on a list's iterator is atomic: each task is done once
 
         def work() -> None:
-            for _, task in waiting:
-                task()
+            for _, call, arguments in waiting:
+                call(*arguments)
 
         helpers = [self._pool.submit(work) for _ in range(self._threads - 1)]
         try:
