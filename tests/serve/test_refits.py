@@ -242,7 +242,7 @@ def test_no_answer_is_mixed_while_versions_change(start, plan, weights):
             values = {value / 2 for value in answer["outputs"][0]["data"]}
             answers.append((values, int(answer["model_version"])))
 
-    answers: list = []
+    answers: list[tuple[set[float], int]] = []
     threads = [threading.Thread(target=ask) for _ in range(6)]
     for thread in threads:
         thread.start()

@@ -24,6 +24,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 JSON = b"application/json"
+_DRAIN_BYTES = 256 << 20
+_DRAIN_SECONDS = 5.0
 # Sent with every response; the console's page adds what it needs itself.
 _SECURITY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
@@ -64,6 +66,13 @@ class Gateway:
         headers = headers_of(scope)
         identity = request_id(headers.get(b"x-request-id"))
         status = 0
+        received = False
+
+        async def take() -> Message:
+            nonlocal received
+            message = await receive()
+            received = not message.get("more_body", False)
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -75,13 +84,15 @@ class Gateway:
         error: BaseException | None = None
         try:
             self._gatekeeper.require(need_of(scope["path"]), headers.get(b"authorization"))
-            await self._app(scope, receive, answer)
+            await self._app(scope, take, answer)
         except asyncio.CancelledError:
             raise
         except Exception as caught:  # noqa: BLE001 - the last line of defence: a response for the client, the rest for the log
             error = caught
             failure, extra = _failure(caught)
             if not status:
+                if not received and b"expect" not in headers:
+                    await _drain(take)
                 await send_json(answer, failure.status, {**failure.body, "request_id": identity}, extra)
         finally:
             self._account(scope, status, identity, time.perf_counter() - started, error)
@@ -104,6 +115,23 @@ class Gateway:
                 client=(scope.get("client") or ("",))[0],
                 **({"error": str(error)} if error is not None else {}),
             )
+
+
+async def _drain(receive: Receive) -> None:
+    """Take what is still coming of a refused body, within bounds.
+
+    Closing a connection that still receives resets it, and the client would never read why it was refused.
+    """
+    taken = 0
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while taken < _DRAIN_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
 
 
 def _method(method: str) -> str:

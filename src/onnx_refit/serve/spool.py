@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -94,7 +95,7 @@ class Spool:
             raise write_error(self._directory, error) from error
         upload: Upload | None = None
         try:
-            received = await self._write(directory / "weights", chunks, limit, progress)
+            received = await self._write(directory / secrets.token_hex(16), chunks, limit, progress)
             if sha256 is not None and sha256.lower() != received.sha256:
                 raise ServeError(
                     422, f"the upload's sha256 is {received.sha256}, announced was {sha256[:64]}", hint="Send it again"
