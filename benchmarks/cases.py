@@ -129,7 +129,7 @@ def _words(model: onnx.ModelProto, context: int, query: int) -> dict[str, Array]
     made = {}
     for name in names:
         shape = [d.dim_value or lengths[name] for d in model.graph.input[names.index(name)].type.tensor_type.shape.dim]
-        made[name] = rng.integers(1, 50 if len(shape) == 4 else 5000, shape).astype(np.int32)
+        made[name] = rng.integers(1, 50 if len(shape) == 4 else 5000, shape)
     return made
 
 
