@@ -175,24 +175,33 @@ class CudaBackend:
         }
         # First, because it overwrites the gaps between its slots.
         self._uploader.fill(arena, direct)
+        targets, given = [], []
         tensors: dict[str, Tensor] = {}
 
         def tensor(source: str) -> Tensor:
             if source not in tensors:
                 spec, value = self._sources[source], sources[source]
-                tensors[source] = (
-                    self._uploader.tensor(spec, value) if _is_host(value) else from_dlpack(value, spec, self.device)
-                )
+                host = _is_host(value)
+                tensors[source] = self._uploader.tensor(spec, value) if host else from_dlpack(value, spec)
             return tensors[source]
 
         for name, source in plain.items():
-            if name not in direct:
-                arena.views[name].copy_(to_real(tensor(source), self._real), non_blocking=True)
+            if name in direct:
+                continue
+            value = tensor(source)
+            if value.dtype is not arena.views[name].dtype:
+                value = to_real(value.to(self.device, non_blocking=True), self._real)
+            targets.append(arena.views[name])
+            given.append(value)
         computed = frozenset(name for name in wanted if name not in plain)
         needed = required(self._compiled.program, computed) if computed else frozenset()
-        results = self._recipes.run(computed, {source: tensor(source) for source in needed})
-        for name, value in results.items():
-            arena.views[name].copy_(to_real(value, self._real), non_blocking=True)
+        here = {source: tensor(source).to(self.device, non_blocking=True) for source in needed}
+        for name, value in self._recipes.run(computed, here).items():
+            targets.append(arena.views[name])
+            given.append(to_real(value, self._real))
+        if targets:
+            # One call for all: tensors of this device in few launches, those of pinned host memory by direct copies.
+            torch._foreach_copy_(targets, given, non_blocking=True)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

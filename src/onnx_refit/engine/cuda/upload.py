@@ -19,13 +19,12 @@ def as_bytes(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def from_dlpack(source: object, spec: TensorSpec, device: Any) -> Tensor:
+def from_dlpack(source: object, spec: TensorSpec) -> Tensor:
     """A tensor of another library over its own memory.
 
     Args:
         source: anything with ``__dlpack__``: a tensor of PyTorch, CuPy, JAX.
         spec: what it must be.
-        device: the engine's device; a tensor on another one is copied here.
 
     Raises:
         EngineError: it has another dtype or shape, or cannot be shared.
@@ -36,7 +35,7 @@ def from_dlpack(source: object, spec: TensorSpec, device: Any) -> Tensor:
         raise EngineError(f"the tensor cannot be shared: {error}", where=spec.name) from error
     if tuple(tensor.shape) != spec.static_shape or tensor.dtype is not torch_dtype(spec.dtype, spec.name):
         raise EngineError(f"it is {tensor.dtype} {list(tensor.shape)}, the engine takes {spec}", where=spec.name)
-    return tensor.detach().to(device)
+    return tensor.detach()
 
 
 class Uploader:
