@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import pytest
@@ -55,7 +57,7 @@ def test_the_inside_has_what_the_passes_will_meet(original_model):
         readers = [node for node in nodes.values() if name in node.input]
         assert [node.name for node in readers] == [f"CategoryMapper_{number}"]
     tail = ["Transpose_22", "Hardmax_23", "Cast_24", "Reshape_25", "Compress_27"]
-    for first, second in zip(tail, tail[1:], strict=False):
+    for first, second in pairwise(tail):
         assert nodes[first].output[0] in nodes[second].input
     assert nodes["Compress_27"].output[0] == "start_pos"
     lstm = nodes["modelling_1"]
@@ -119,7 +121,7 @@ def test_conversion_does_not_change_its_argument_and_is_contiguous():
     before = {name: value.copy() for name, value in checkpoint.items()}
     for name, array in onnx_weights(checkpoint).items():
         assert array.flags.c_contiguous, name
-        array += array.dtype.type(1)
+        np.copyto(array, 1)
     for name, value in before.items():
         np.testing.assert_array_equal(checkpoint[name], value)
 

@@ -72,7 +72,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         questions = list(_questions(text))
     except FileNotFoundError as error:
         raise InputError("there is no data set here", where=path, hint="Name the file with --data") from error
-    except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
+    except (OSError, lzma.LZMAError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the data set cannot be read ({error})", where=path) from error
     if not questions:
         raise InputError("the data set holds no questions", where=path)
