@@ -171,10 +171,10 @@ class OnnxModelSource:
 
         def read() -> Array:
             element = np.zeros(1, numpy_dtype(spec.dtype)) if value is None else self._any(value).reshape(-1)
-            try:
-                return np.full(spec.static_shape, element[0], element.dtype)
-            except (IndexError, ValueError, MemoryError) as error:
-                raise self._damaged(name, error) from error
+            if element.size != 1:
+                raise self._damaged(name, f"its value has {element.size} elements")
+            # One element seen from everywhere: a model cannot take memory by naming a large shape.
+            return np.broadcast_to(element, spec.static_shape)
 
         yield name, _Stored(spec, read)
 
