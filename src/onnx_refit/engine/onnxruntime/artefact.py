@@ -25,7 +25,7 @@ from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk
 from onnx_refit.tensors import Array, TensorSpec
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def host_key(compiled: CompiledModel, *, optimise: bool) -> str:
@@ -62,6 +62,8 @@ def dump(specialised: Specialised, key: str) -> bytes:
     }
     arrays["document"] = np.frombuffer(json.dumps(document).encode(), np.uint8)
     arrays["model"] = np.frombuffer(specialised.model.SerializeToString(), np.uint8)
+    if specialised.second is not None:
+        arrays["second"] = np.frombuffer(specialised.second.SerializeToString(), np.uint8)
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
     return file.getvalue()
@@ -75,6 +77,9 @@ def load(data: bytes, key: str) -> Specialised | None:
             if document["key"] != key:
                 return None
             model = onnx.ModelProto.FromString(archive["model"].tobytes())
+            second = None
+            if "second" in archive:
+                second = onnx.ModelProto.FromString(archive["second"].tobytes())
             buffers = [_recipe_in(entry, archive) for entry in document["buffers"]]
             staged = {name: _recipe_in(entry, archive) for name, entry in document["staged"]}
             computed = [_spec_in(entry) for entry in document["computed"]]
@@ -83,6 +88,7 @@ def load(data: bytes, key: str) -> Specialised | None:
         return None  # a damaged artefact costs a second of optimisation, no more
     return Specialised(
         model,
+        second,
         {recipe.spec.name: recipe for recipe in buffers},
         staged,
         {spec.name: spec for spec in computed},

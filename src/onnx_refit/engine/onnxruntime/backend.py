@@ -12,7 +12,7 @@ from onnx_refit.engine.onnxruntime.native import make_session, session_options, 
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.recover import Recoverer
 from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
-from onnx_refit.engine.onnxruntime.tiers import SecondTier, packed_weights
+from onnx_refit.engine.onnxruntime.tiers import SecondTier
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import EngineError
@@ -61,8 +61,11 @@ class OnnxRuntimeBackend:
         self._outputs = tuple(spec.name for spec in compiled.outputs)
         self._key = key
         self._closed = False
-        baked = packed_weights(specialised.model, self._specs)
-        self._second = SecondTier(specialised.model, baked, self._specs, options.threads) if baked else None
+        self._second: SecondTier | None = None
+        # Each session reads its own weights; what only the second tier reads is no input of the first one's session.
+        self._read = frozenset(value.name for value in specialised.model.graph.input) & self._specs.keys()
+        if specialised.second is not None:
+            self._second = SecondTier(specialised.second, self._specs, options.threads)
 
     @property
     def name(self) -> str:
@@ -131,10 +134,10 @@ class OnnxRuntimeBackend:
         return made
 
     def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
-        values = {name: buffer.storage.value for name, buffer in buffers.items()}
+        values = {name: buffer.storage.value for name, buffer in buffers.items() if name in self._read}
         runner = Runner(self._session, values, self._outputs)
-        baked = frozenset() if self._second is None else self._second.baked
-        return OnnxRuntimeWeightSet(buffers, shared, runner, baked, self._outputs)
+        bound = None if self._second is None else self._second.bound
+        return OnnxRuntimeWeightSet(buffers, shared, runner, bound, self._outputs)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

@@ -75,6 +75,15 @@ class _Rewriter:
             self.constants[key] = name
         return self.constants[key]
 
+    def scalar(self, value: float) -> str:
+        """The name of a float32 constant of the main graph."""
+        key = f"scalar {value!r}"
+        if key not in self.constants:
+            name = self.names.fresh("nchwc_scalar")
+            self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.float32), name))
+            self.constants[key] = name
+        return self.constants[key]
+
     def weight(self, product: Product) -> str:
         """The blocked form of a product's matrix, as a graph input."""
         matrix = product.matrix
@@ -122,7 +131,7 @@ class _GraphRewriter:
         self._wanted = {product.source for product in products}
         self._blocked: dict[str, _Blocked] = {}
         self._plain: set[str] = set()  # values that came out blocked and have been written plain too
-        self._entries: dict[str, _Blocked] = {}
+        self._entries: dict[tuple[str, float], _Blocked] = {}
         self._nodes: list[NodeProto] = []
         self._consumers = consumers(graph)
         self._modern = (opset(shared.model) or 1) >= 13
@@ -170,14 +179,17 @@ class _GraphRewriter:
 
     def _entry(self, product: Product) -> _Blocked:
         """The product's left operand in blocked layout."""
-        known = self._blocked.get(product.source)
+        known = self._blocked.get(product.source) if product.alpha == 1.0 else None
         if known is not None and (known.rank == product.rank or product.rank is None or known.rank is None):
             return known
-        if product.source in self._entries:
-            return self._entries[product.source]
+        key = (product.source, product.alpha)
+        if key in self._entries:
+            return self._entries[key]
         self._make_plain(product.source)
         rows = product.matrix.rows
         value = product.source
+        if product.alpha != 1.0:
+            value = self._emit("Mul", [value, self._shared.scalar(product.alpha)])
         if product.rank == 3:
             value = self._axes("Unsqueeze", value, 0)
         elif product.rank != 4:
@@ -186,7 +198,7 @@ class _GraphRewriter:
             value = self._padded(value, up(rows, 4) - rows)
         value = self._emit("ReorderInput", [value], NCHWC_DOMAIN, channels_last=1)
         entry = _Blocked(value, rows, product.rank, product.source if product.rank not in {2, 3, 4} else None)
-        self._entries[product.source] = entry
+        self._entries[key] = entry
         return entry
 
     def _padded(self, value: str, missing: int) -> str:

@@ -52,6 +52,7 @@ class Product:
         activation: applied last, or None.
         output: the value that the last absorbed node gave.
         then: an operator without parameters (Gelu) to apply after all, or None.
+        alpha: a factor of the left operand.
     """
 
     node: int
@@ -63,6 +64,7 @@ class Product:
     activation: Activation | None
     output: str
     then: str | None = None
+    alpha: float = 1.0
 
 
 class Finder:
@@ -149,7 +151,8 @@ class Finder:
                 parameters = tuple(float(attribute(after, k, d)) for k, d in _ACTIVATIONS[after.op_type])  # type: ignore[arg-type]
                 activation, output = Activation(after.op_type, parameters), after.output[0]
                 absorbed.append(self._place[output])
-        return Product(position, tuple(absorbed), node.input[0], matrix, rank, bias, activation, output, then)
+        alpha = float(attribute(node, "alpha", 1.0))  # type: ignore[arg-type]
+        return Product(position, tuple(absorbed), node.input[0], matrix, rank, bias, activation, output, then, alpha)
 
     def _is_bias(self, name: str, columns: int) -> bool:
         spec = self._weights.get(name)
@@ -170,10 +173,8 @@ class Finder:
 
 
 def _altered(node: NodeProto, gemm: bool) -> bool:
-    """Whether the product transposes its left operand or scales a result."""
-    scaled = attribute(node, "alpha", 1.0) != 1.0
-    if gemm and len(node.input) > 2:
-        scaled = scaled or attribute(node, "beta", 1.0) != 1.0
+    """Whether the product transposes its left operand or scales its bias."""
+    scaled = gemm and len(node.input) > 2 and attribute(node, "beta", 1.0) != 1.0
     return scaled or any(attribute(node, flag, 0) for flag in ("transA", "transBatchA", "transBatchB"))
 
 

@@ -12,6 +12,7 @@ from onnx_refit.engine.onnxruntime.forms import Forms
 from onnx_refit.engine.onnxruntime.nchwc import rewrite
 from onnx_refit.engine.onnxruntime.offline import CANDIDATES, optimise_file
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
+from onnx_refit.engine.onnxruntime.tiers import packed_weights
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.compose import resolve
 from onnx_refit.plan.trace.lower import lower
@@ -29,13 +30,16 @@ class Specialised:
 
     Attributes:
         model: the inference graph, to be run as it is; its weights are graph inputs.
-        buffers: weight of ``model`` -> its recipe, over sources, computed values and staged tensors.
+        second: the graph of the second tier, with its small matrix products plain, since baked-in weights are
+            prepacked; None where no kernel gains from that.
+        buffers: weight of ``model`` or ``second`` -> its recipe, over sources, computed values and staged tensors.
         staged: tensors made on the way, in order: name -> recipe.
         computed: values of the refit program's graph that it has to compute.
         decisions: why it is as it is.
     """
 
     model: onnx.ModelProto
+    second: onnx.ModelProto | None
     buffers: Mapping[str, Recipe]
     staged: Mapping[str, Recipe]
     computed: Mapping[str, TensorSpec]
@@ -60,22 +64,30 @@ def specialise(compiled: CompiledModel, options: OnnxRuntimeOptions) -> Speciali
     weights = {name: recipe.spec for name, recipe in traced.recipes.items()}
     block = block_size()
     forms = Forms(options.threads, block)
-    rewritten = rewrite(traced.model, weights, forms.prefer_blocked, block) if options.optimise and block > 1 else None
-    model = traced.model if rewritten is None else rewritten.model
-    wanted: dict[str, Recipe] = {}
-    for value in model.graph.input:
-        if rewritten is not None and value.name in rewritten.recipes:
-            recipe = rewritten.recipes[value.name]
-            wanted[value.name] = mapped(recipe, {s: TRACED + s for s in recipe.sources})
-        elif value.name in traced.recipes:
-            wanted[value.name] = definitions[TRACED + value.name]
+    graphs = [traced.model]
+    count = 0
+    wanted: dict[str, Recipe] = {name: definitions[TRACED + name] for name in weights}
+    if options.optimise and block > 1:
+        preferences = [forms.prefer_blocked]
+        if packed_weights(traced.model, weights):
+            preferences.append(forms.surely_blocked)
+        rewrites = [rewrite(traced.model, weights, prefer, block) for prefer in preferences]
+        graphs, count = [each.model for each in rewrites], rewrites[0].count
+        for each in rewrites:
+            for name, recipe in each.recipes.items():
+                wanted[name] = mapped(recipe, {s: TRACED + s for s in recipe.sources})
+    elif packed_weights(traced.model, weights):
+        graphs.append(traced.model)
+    read = {value.name for graph in graphs for value in graph.graph.input}
+    wanted = {name: recipe for name, recipe in wanted.items() if name in read}
     buffers: dict[str, Recipe] = {}
     staged: dict[str, Recipe] = {}
     for name, recipe in wanted.items():
         buffers[name], before = resolve(recipe, definitions)
         staged.update(before)
-    decisions = (*traced.decisions, *forms.decisions, *_blocking(0 if rewritten is None else rewritten.count))
-    return Specialised(model, buffers, staged, lowered.computed, decisions)
+    decisions = (*traced.decisions, *forms.decisions, *_blocking(count))
+    second = graphs[1] if len(graphs) > 1 else None
+    return Specialised(graphs[0], second, buffers, staged, lowered.computed, decisions)
 
 
 def _traced(compiled: CompiledModel, options: OnnxRuntimeOptions) -> Traced:

@@ -72,20 +72,23 @@ def packed_weights(model: onnx.ModelProto, weights: Iterable[str]) -> frozenset[
 class SecondTier:
     """Builds the prepacked sessions of weight sets, newest first, in one background thread.
 
+    Attributes:
+        baked: the weights that its sessions have as initializers.
+        bound: the weights that they have as inputs.
+
     Args:
-        model: the inference graph, its weights being graph inputs.
-        baked: the weights to make initializers.
+        model: the second tier's graph, its weights being graph inputs.
         specs: every weight's spec.
         threads: intra-op threads of the sessions.
     """
 
-    def __init__(
-        self, model: onnx.ModelProto, baked: frozenset[str], specs: Mapping[str, TensorSpec], threads: int
-    ) -> None:
-        self.baked = baked
+    def __init__(self, model: onnx.ModelProto, specs: Mapping[str, TensorSpec], threads: int) -> None:
+        read = frozenset(value.name for value in model.graph.input) & specs.keys()
+        self.baked = packed_weights(model, read)
+        self.bound = read - self.baked
         self._threads = threads
         self._folder = tempfile.TemporaryDirectory(prefix="onnx-refit-")
-        self._path = _write(model, baked, specs, Path(self._folder.name))
+        self._path = _write(model, self.baked, specs, Path(self._folder.name))
         self._waiting: list[weakref.ref[Promotable]] = []
         self._changed = threading.Condition()
         self._closed = False

@@ -82,7 +82,7 @@ class OnnxRuntimeWeightSet:
         buffers: every engine weight.
         shared_nbytes: bytes of those that another set has too.
         runner: what runs it at first.
-        baked: the weights that a second tier bakes in; empty where there is no second tier.
+        bound: the weights that the second tier's session has as inputs; None where there is no second tier.
         outputs: the model's outputs.
     """
 
@@ -91,15 +91,15 @@ class OnnxRuntimeWeightSet:
         buffers: Mapping[str, Buffer],
         shared_nbytes: int,
         runner: Runner,
-        baked: frozenset[str],
+        bound: frozenset[str] | None,
         outputs: Sequence[str],
     ) -> None:
         self.buffers = buffers
         self.runner = runner
         self._shared = shared_nbytes
-        self._baked = baked
+        self._bound = bound
         self._outputs = tuple(outputs)
-        self._tiers = Tiers(done=not baked)
+        self._tiers = Tiers(done=bound is None)
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +123,7 @@ class OnnxRuntimeWeightSet:
     def promote(self, session: ort.InferenceSession | None) -> None:
         """Run on this session from now on, which holds the baked weights itself; None: it will never come."""
         if session is not None:
-            rest = {name: value for name, value in self.values().items() if name not in self._baked}
+            rest = {name: value for name, value in self.values().items() if name in (self._bound or ())}
             self.runner = Runner(session, rest, self._outputs)
         self._tiers.decide(reached=session is not None)
 
