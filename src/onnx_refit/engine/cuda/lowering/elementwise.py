@@ -129,14 +129,14 @@ def cast(node: Node, x: Tensor, like: Tensor | None = None) -> Tensor:
 
 @operator("Clip")
 def clip(node: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Bound; the bounds were attributes before opset 11."""
-    bottom = node.get("min") if low is None else low
-    top = node.get("max") if high is None else high
-    if bottom is not None:
-        x = torch.maximum(x, torch.as_tensor(bottom, dtype=x.dtype, device=x.device))
-    if top is not None:
-        x = torch.minimum(x, torch.as_tensor(top, dtype=x.dtype, device=x.device))
-    return x
+    """Bound; the bounds were attributes before opset 11. The upper one wins where they cross."""
+    if low is not None:
+        x = torch.maximum(x, low)
+    elif node.get("min") is not None:
+        x = x.clamp(min=node.get("min"))
+    if high is not None:
+        return torch.minimum(x, high)
+    return x if node.get("max") is None else x.clamp(max=node.get("max"))
 
 
 @operator("LeakyRelu")

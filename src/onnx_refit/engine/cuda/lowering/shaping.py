@@ -118,16 +118,16 @@ def slice_(
             if step > 1:
                 x = x[(slice(None),) * (axis % x.dim()) + (slice(None, None, step),)]
             continue
-        index = _backwards(first, last, step, extent)
-        x = torch.index_select(x, axis, torch.tensor(index, dtype=torch.int64, device=x.device))
+        x = torch.index_select(x, axis, _backwards(first, last, step, extent, x.device))
     return x
 
 
-def _backwards(first: int, last: int, step: int, extent: int) -> list[int]:
-    low = min(max(first + extent if first < 0 else first, -1), extent - 1)
+def _backwards(first: int, last: int, step: int, extent: int, device: Any) -> Tensor:
+    begin = min(max(first + extent if first < 0 else first, -1), extent - 1)
     # ONNX clamps an end of "before the beginning" to -1, which for Python would mean the last element.
-    end = last + extent if last < 0 else last
-    return list(range(low, max(end, -1), step))
+    end = min(begin, max(last + extent if last < 0 else last, -1))
+    # Made where it is needed: a copy from the host cannot be recorded in a CUDA graph.
+    return torch.arange(begin, end, step, dtype=torch.int64, device=device)
 
 
 @operator("Expand", host=(1,))
@@ -163,7 +163,7 @@ def pad(
 
 def _border(node: Node, x: Tensor, axis: int, before: int, after: int) -> Tensor:
     extent, mode = x.shape[axis], node.get("mode")
-    index = torch.arange(-before, extent + after)
+    index = torch.arange(-before, extent + after, device=x.device)
     if mode == "edge":
         index = index.clamp(0, extent - 1)
     elif mode == "wrap":
@@ -174,7 +174,7 @@ def _border(node: Node, x: Tensor, axis: int, before: int, after: int) -> Tensor
         index = torch.where(index >= extent, period - index, index)
     else:
         raise EngineError(f"the padding mode {mode} is not known", where=node.name)
-    return index.to(x.device)
+    return index
 
 
 @operator("ConstantOfShape", host=(0,))
