@@ -27,7 +27,7 @@ class Running:
         # A file, not a pipe: a pipe that nobody reads would fill up and stop the server.
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _RUN, *map(str, arguments), "--port", "0"],
+            [sys.executable, "-c", _RUN, "--port", "0", *map(str, arguments)],
             stderr=self._output,
             env={**os.environ, "ONNX_REFIT_TOKEN": TOKEN, **(env or {})},
         )

@@ -50,3 +50,40 @@ def every_type() -> onnx.ModelProto:
         [numpy_helper.from_array(np.ones(2, np.float32), "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def slow(scale: float) -> onnx.ModelProto:
+    """As ``affine``, but counts to the input ``n`` first: as slow as one asks for."""
+    counter = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["go_on"]),
+            helper.make_node("Mul", ["so_far", "one"], ["next"]),
+        ],
+        "count",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("so_far", TensorProto.FLOAT, ["batch", 4]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, ["batch", 4]),
+        ],
+    )
+    nodes = [
+        helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.float32(1), "one")),
+        helper.make_node("Constant", [], ["go0"], value=numpy_helper.from_array(np.array(True), "go")),
+        helper.make_node("Add", ["x", "b"], ["xb"]),
+        helper.make_node("Loop", ["n", "go0", "xb"], ["y"], body=counter),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "slow",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4]),
+            helper.make_tensor_value_info("n", TensorProto.INT64, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(np.full(4, scale, np.float32), "b")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

@@ -104,7 +104,7 @@ def test_short_tokens_are_refused():
 def test_it_listens_on_loopback_only(server):
     assert server.url.startswith("http://127.0.0.1:")
     assert server.grpc.startswith("127.0.0.1:")
-    own = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    own = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
     for address in own:
         with pytest.raises(OSError):
             socket.create_connection((address, server.address[1]), timeout=2).close()
