@@ -12,6 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_refit.errors import ModelError
+from onnx_refit.model.detach import read_detached
 from onnx_refit.plan.compile import CompileOptions, compile_model
 from onnx_refit.plan.strip import read_tensor
 from tests.plan.support import array, model, node, run, run_compiled
@@ -146,3 +147,28 @@ def test_the_compiler_leaves_the_model_alone_and_its_arrays_cannot_be_written() 
     compilation = compile_model(proto)
     with pytest.raises(ValueError, match="read-only"):
         compilation.weights["w"][0, 0] = 1
+
+
+def test_a_model_read_without_its_tensors_compiles_to_the_same(tmp_path: Path) -> None:
+    weights = {"w": array(1, 64, 64), "b": array(2, 64)}
+    constant = numpy_helper.from_array(array(3, 64, 64))
+    proto = model(
+        [
+            node("Constant", [], ["c"], value=constant),
+            node("Gemm", ["x", "w", "b"], ["h"]),
+            node("MatMul", ["h", "c"], ["y"]),
+        ],
+        {"x": [3, 64]},
+        ["y"],
+        weights,
+    )
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    bare = read_detached(path, 1024)
+    assert bare.ByteSize() < 2048
+    compilation = compile_model(bare, CompileOptions(base_dir=tmp_path))
+    whole = compile_model(proto)
+    assert compilation.compiled.program == whole.compiled.program
+    assert set(compilation.weights) == {"w", "b", "c"}
+    for name, values in whole.weights.items():
+        np.testing.assert_array_equal(values, compilation.weights[name])
