@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.plan.plan import Plan, model_fingerprint
 from onnx_refit.refit.check import CheckOptions, CheckReport
 from onnx_refit.refit.check import check as check_weights
-from onnx_refit.refit.live import Engine, initial_weights
+from onnx_refit.refit.ledger import StoreLedger
+from onnx_refit.refit.live import Engine
 from onnx_refit.tensors import Array
 from onnx_refit.weights.names import find_names
 from onnx_refit.weights.open import WeightsLike, open_weights
+from onnx_refit.weights.source import WeightSource
 
 ModelLike = str | os.PathLike[str] | onnx.ModelProto
 PlanLike = str | os.PathLike[str] | Plan
@@ -108,7 +110,7 @@ def _with_names(plan: Plan, checkpoint: WeightsLike, model: onnx.ModelProto) -> 
     """The plan with the map from a checkpoint's names, and how each doubtful name was decided."""
     source = open_weights(checkpoint)
     try:
-        found = find_names(initial_weights(plan), source, model)
+        found = find_names(plan.require_weights(), source, model)
     finally:
         if source is not checkpoint:
             source.close()
@@ -130,6 +132,7 @@ def load(
     plan: PlanLike,
     *,
     weights: WeightsLike | None = None,
+    store: str | os.PathLike[str] | None = None,
     keep: int = 2,
     options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
 ) -> Engine:
@@ -138,6 +141,9 @@ def load(
     Args:
         plan: path of a plan file, or a plan.
         weights: the weights to start with; None takes those in the plan. Must be complete for a stripped plan.
+        store: directory of a version store (made if it does not exist). Commits and rollbacks are written there,
+            durably, before they are published; loading again with the same store starts at the version that was
+            current, whatever ended the process. Its versions win over the plan's weights and over ``weights``.
         keep: how many versions to hold for rollback and ``run(version=…)``, the current one included.
         options: options of the engine.
 
@@ -145,23 +151,42 @@ def load(
         PlanError: the file is not a plan, is damaged, or is stripped and no weights were given.
         RefitRejectedError: the weights given do not fit; the report says why.
         EngineError: the engine cannot run here.
+        StoreLockedError: another process, or another engine, has the store open.
+        StoreError: the store cannot be written, is damaged, or belongs to another plan.
     """
     opened = plan if isinstance(plan, Plan) else Plan.load(plan)
-    description = "plan" if opened.path is None else str(opened.path)
-    arrays = None if weights is None else accepted_weights(opened, weights)
-    first = initial_weights(opened) if arrays is None else arrays
-    backend, _ = create_backend(
-        opened.engine,
-        opened.compiled,
-        weights=first,
-        options=options,
-        artefact=opened.artefacts.get(opened.engine),
-    )
+    ledger = None if store is None else StoreLedger(store, opened.fingerprint)
     try:
-        return Engine(opened, backend, first, source=description, keep=keep)
+        stored = None if ledger is None else ledger.current()
+        first, description = _first_weights(opened, weights, stored)
+        backend, _ = create_backend(
+            opened.engine,
+            opened.compiled,
+            weights=first,
+            options=options,
+            artefact=opened.artefacts.get(opened.engine),
+        )
+        try:
+            return Engine(opened, backend, first, source=description, keep=keep, ledger=ledger)
+        except BaseException:
+            backend.close()
+            raise
     except BaseException:
-        backend.close()
+        if ledger is not None:
+            ledger.close()
         raise
+
+
+def _first_weights(
+    plan: Plan, weights: WeightsLike | None, stored: WeightSource | None
+) -> tuple[Mapping[str, Array], str]:
+    """The weights an engine starts with, and where they are from."""
+    if stored is not None:
+        # They were checked when they were committed; NaN may have been allowed then.
+        return accepted_weights(plan, stored, CheckOptions(allow_nonfinite=True)), stored.description
+    if weights is not None:
+        return accepted_weights(plan, weights), "the weights given at load"
+    return plan.require_weights(), "plan" if plan.path is None else str(plan.path)
 
 
 def check(plan: PlanLike, weights: WeightsLike, options: CheckOptions | None = None) -> CheckReport:
@@ -186,7 +211,7 @@ def accepted_weights(plan: Plan, weights: WeightsLike, options: CheckOptions | N
     report, arrays = _checked(plan, weights, options)
     report.raise_if_rejected()
     if len(arrays) < len(plan.compiled.sources):
-        arrays = {**initial_weights(plan), **arrays}
+        arrays = {**plan.require_weights(), **arrays}
     return arrays
 
 

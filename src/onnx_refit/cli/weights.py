@@ -17,7 +17,6 @@ from onnx_refit.files import write_text
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.refit.live import initial_weights
 from onnx_refit.weights.delta import write_delta
 from onnx_refit.weights.diff import diff
 from onnx_refit.weights.diff_report import to_html, write_plot
@@ -85,7 +84,7 @@ def plan_weights(path: str) -> WeightSource | None:
     """The weights of a plan file, or None if the path is something else."""
     if not (path.endswith(".plan") and Path(path).is_file()):
         return None
-    return ArraysSource(initial_weights(Plan.load(path)), path)
+    return ArraysSource(Plan.load(path).require_weights(), path)
 
 
 def _number(text: str, option: str) -> tuple[str, float]:

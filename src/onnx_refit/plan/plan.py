@@ -12,7 +12,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from onnx_refit.errors import PlanMismatchError
+from onnx_refit.errors import PlanError, PlanMismatchError
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.tensors import Array, TensorSpec, spec_of
@@ -72,6 +72,14 @@ class Plan:
     def stripped(self) -> bool:
         """Whether the plan holds no weights."""
         return self.weights is None
+
+    def require_weights(self) -> Mapping[str, Array]:
+        """The weights the plan holds; PlanError if it is stripped."""
+        if self.weights is None:
+            raise PlanError(
+                "the plan is stripped: it holds no weights", where=self.path, hint="Load it with weights=CHECKPOINT"
+            )
+        return self.weights
 
     @property
     def weight_bytes(self) -> int:

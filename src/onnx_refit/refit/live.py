@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 
 import numpy as np
 
 from onnx_refit.engine.protocol import Backend, FullSpeed, WeightSet
-from onnx_refit.errors import EngineError, InputError, PlanError, RefitError
+from onnx_refit.errors import EngineError, InputError, RefitError
 from onnx_refit.model.vocabulary import apply_maps
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.canary import Canary
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.inputs import InputChecker
+from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
 from onnx_refit.refit.report import RefitReport
+from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate, Staged
 from onnx_refit.refit.unchanged import sample, unchanged
 from onnx_refit.refit.versions import Version, VersionInfo, VersionTable
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.fingerprint import fingerprint
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.source import WeightSource
 
@@ -46,10 +49,18 @@ class Engine:
         weights: the weights of the first version (source name -> array).
         source: where these came from, in words.
         keep: how many versions to hold for rollback and ``run(version=…)``, the current one included; at least 1.
+        ledger: who numbers versions and remembers them; None is the engine's own memory.
     """
 
     def __init__(
-        self, plan: Plan, backend: Backend, weights: Mapping[str, Array], *, source: str = "plan", keep: int = 2
+        self,
+        plan: Plan,
+        backend: Backend,
+        weights: Mapping[str, Array],
+        *,
+        source: str = "plan",
+        keep: int = 2,
+        ledger: Ledger | None = None,
     ) -> None:
         if keep < 1:
             raise EngineError(f"keep must be at least 1, not {keep}")
@@ -60,9 +71,15 @@ class Engine:
         self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
         self._lock = threading.RLock()
         self._closed = False
-        first = Version(
-            number=1,
-            weights=backend.derive(weights),
+        self._ledger = ledger if ledger is not None else MemoryLedger()
+        first = self._version_of(weights, source)
+        self._versions = VersionTable(keep, replace(first, number=self._ledger.first(weights, source)))
+
+    def _version_of(self, weights: Mapping[str, Array], source: str) -> Version:
+        """A whole new version, not yet numbered, from complete weights."""
+        return Version(
+            number=0,
+            weights=self._backend.derive(weights),
             retained={name: weights[name] for name in self._kept_names},
             samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._refittable},
             source=source,
@@ -70,8 +87,6 @@ class Engine:
             changed=None,
             committed=datetime.now(UTC),
         )
-        self._versions = VersionTable(keep, first)
-        self._next = 2
 
     # ------------------------------------------------------------------ what it is
 
@@ -107,9 +122,25 @@ class Engine:
 
     @property
     def versions(self) -> tuple[VersionInfo, ...]:
-        """The last thousand versions, oldest first; those ``held`` can be run and rolled back to."""
+        """The last thousand versions and all stored ones, oldest first.
+
+        Those ``held`` can be run and rolled back to at once; stored ones can be rolled back to.
+        """
         with self._lock:
-            return tuple(self._versions.infos())
+            infos = {info.number: info for info in self._versions.infos()}
+            for record in self._ledger.records():
+                if record.number not in infos:
+                    stored = VersionInfo.stored(record.number, source_of(record), record.parent, record.committed)
+                    infos[record.number] = stored
+            return tuple(infos[number] for number in sorted(infos))
+
+    def fingerprint(self, version: int | None = None) -> str:
+        """Sha256 (hex) over names, dtypes, shapes and bytes of a version's source weights, at about 1 GB/s.
+
+        Raises:
+            VersionError: the version is neither held nor stored.
+        """
+        return fingerprint(self.weights(version)).value
 
     @property
     def full_speed(self) -> FullSpeed:
@@ -117,13 +148,19 @@ class Engine:
         return self._versions.current.weights.full_speed
 
     def weights(self, version: int | None = None) -> WeightSource:
-        """The source weights of a held version, read back from the engine bit for bit.
+        """The source weights of a version, read back from the engine (or the store) bit for bit.
 
         Raises:
-            VersionError: the version is not held.
+            VersionError: the version is neither held nor stored.
         """
+        if version is not None and not self._versions.holds(version):
+            stored = self._ledger.load(version)
+            if stored is not None:
+                return stored
         held = self._versions.current if version is None else self._versions.get(version)
-        return VersionWeights(held, self._plan.refittable, self._backend)
+        return VersionWeights(
+            held.weights, held.retained, self._plan.refittable, self._backend, f"version {held.number}"
+        )
 
     # ------------------------------------------------------------------ inference
 
@@ -189,7 +226,7 @@ class Engine:
         with self._lock:
             self._require_open()
             seconds: dict[str, float] = {}
-            with _timed(seconds, "open"):
+            with timed(seconds, "open"):
                 opened = open_weights(source)
                 view = opened if self._plan.names is None else self._plan.names.apply(opened)
             try:
@@ -200,16 +237,16 @@ class Engine:
 
     def _stage(self, view: WeightSource, options: CheckOptions, seconds: dict[str, float]) -> Staged:
         base = self._versions.current
-        current = VersionWeights(base, self._plan.refittable, self._backend)
-        with _timed(seconds, "check"):
+        current = self.weights()
+        with timed(seconds, "check"):
             report, arrays = check(tuple(self._refittable.values()), view, current=current.read, options=options)
             report.raise_if_rejected()
-        with _timed(seconds, "compare"):
+        with timed(seconds, "compare"):
             equal, samples = unchanged(arrays, base.samples, current.read)
             arrays = {name: array for name, array in arrays.items() if name not in equal}
         changed = frozenset(arrays)
         full = len(changed) == len(self._refittable)
-        with _timed(seconds, "derive"):
+        with timed(seconds, "derive"):
             required = changed if full else self._backend.required(changed)
             needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
             weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
@@ -222,7 +259,6 @@ class Engine:
             weights=weights,
             retained=retained,
             samples={**base.samples, **samples},
-            arrays=arrays,
             base=base.number,
             full=full,
             changed=changed,
@@ -268,9 +304,17 @@ class Engine:
                     "since, and they replace only a part",
                     hint="Stage them again",
                 )
-            with _timed(seconds, "commit"):
+            with timed(seconds, "store"):
+                # Read back from the staged set: the caller's arrays may have changed since they were checked.
+                staged_weights = VersionWeights(
+                    candidate.weights, candidate.retained, self._plan.refittable, self._backend, candidate.source
+                )
+                number = self._ledger.commit(
+                    candidate.changed, staged_weights, None if candidate.full else candidate.base
+                )
+            with timed(seconds, "commit"):
                 version = Version(
-                    number=self._next,
+                    number=number,
                     weights=candidate.weights,
                     retained=candidate.retained,
                     samples=candidate.samples,
@@ -280,7 +324,6 @@ class Engine:
                     committed=datetime.now(UTC),
                 )
                 self._versions.publish(version)
-                self._next += 1
         names = list(self._refittable)
         return RefitReport(
             version=version.number,
@@ -298,17 +341,22 @@ class Engine:
         """Publish an earlier version again, with its own number: bit for bit the weights it had.
 
         Args:
-            to: which; None means the one that was current before.
+            to: which; None means the one that was current before. A version that is no longer held is derived again
+                from the store, if the engine has one.
 
         Raises:
-            VersionError: there is none, or it is no longer held.
+            VersionError: there is none, or it is neither held nor stored.
+            StoreError: the durable store could not take note; the version before still answers.
         """
         seconds: dict[str, float] = {}
         with self._lock:
             self._require_open()
             before = self._versions.current
-            with _timed(seconds, "commit"):
-                target = self._versions.previous() if to is None else self._versions.get(to)
+            with timed(seconds, "derive"):
+                target = self._versions.previous() if to is None else self._held_or_stored(to)
+            with timed(seconds, "store"):
+                self._ledger.rollback(target.number)
+            with timed(seconds, "commit"):
                 self._versions.publish(target)
         return RefitReport(
             version=target.number,
@@ -321,15 +369,28 @@ class Engine:
             full_speed=target.weights.full_speed,
         )
 
+    def _held_or_stored(self, number: int) -> Version:
+        if not self._versions.holds(number):
+            stored = self._ledger.load(number)
+            if stored is not None:
+                weights = {name: stored.read(name) for name in self._refittable}
+                return replace(self._version_of(weights, stored.description), number=number)
+        return self._versions.get(number)
+
     def forget(self, version: int) -> None:
-        """Free an earlier version; inferences that run with it finish.
+        """Free an earlier version, in the store too; inferences that run with it finish.
 
         Raises:
-            VersionError: it is not held, or it is the current one.
+            VersionError: it is neither held nor stored, or it is the current one.
+            StoreError: the durable store could not take note.
         """
         with self._lock:
             self._require_open()
-            self._versions.forget(version)
+            if self._versions.holds(version) or self._ledger.load(version) is None:
+                self._versions.require_earlier(version)
+            self._ledger.forget(version)
+            if self._versions.holds(version):
+                self._versions.forget(version)
 
     # ------------------------------------------------------------------ end
 
@@ -339,6 +400,7 @@ class Engine:
             if not self._closed:
                 self._closed = True
                 self._backend.close()
+                self._ledger.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -351,32 +413,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _timed:  # noqa: N801 - reads as a function
-    """Add the seconds a block takes to an entry."""
-
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self._seconds, self._stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        elapsed = time.perf_counter() - self._started
-        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + elapsed
-
-
-BackendFactory = Callable[[Plan], Backend]
-"""Makes a backend for a plan; the registry of the public API maps engine names to these."""
-
-
-def initial_weights(plan: Plan) -> Mapping[str, Array]:
-    """The weights a plan holds; PlanError if it is stripped."""
-    if plan.weights is None:
-        raise PlanError(
-            "the plan is stripped: it holds no weights",
-            where=plan.path,
-            hint="Load it with weights=CHECKPOINT",
-        )
-    return plan.weights

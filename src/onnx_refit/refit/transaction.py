@@ -35,7 +35,6 @@ class Candidate:
         weights: the new weight set.
         retained: source weights to keep for later partial refits (what the engine cannot give back).
         samples: a few elements of every source weight (see ``unchanged``).
-        arrays: the source weights that change, as checked; what a durable commit writes.
         base: the version it was derived from.
         full: whether it replaces every weight, so that it does not depend on ``base``.
         changed: names of the source weights that differ from ``base``.
@@ -46,7 +45,6 @@ class Candidate:
     weights: WeightSet
     retained: Mapping[str, Array]
     samples: Mapping[str, bytes]
-    arrays: Mapping[str, Array]
     base: int
     full: bool
     changed: frozenset[str]

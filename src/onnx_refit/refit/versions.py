@@ -37,6 +37,11 @@ class VersionInfo:
     current: bool
     held: bool
 
+    @classmethod
+    def stored(cls, number: int, source: str, parent: int | None, committed: datetime) -> VersionInfo:
+        """A version that is only in the store."""
+        return cls(number, source, parent, None, committed, 0, 0, current=False, held=False)
+
 
 @dataclass(frozen=True)
 class Version:
@@ -107,11 +112,19 @@ class VersionTable:
             hint="Load the engine with a larger keep to hold more versions" if existed else None,
         )
 
-    def forget(self, number: int) -> None:
-        """Hold a version no longer; VersionError if it is not held or answers now."""
+    def holds(self, number: int) -> bool:
+        """Whether a version can be run at once."""
+        return number in self._held
+
+    def require_earlier(self, number: int) -> None:
+        """VersionError if a version is not held, or answers now."""
         self.get(number)
         if number == self.current.number:
             raise VersionError(f"version {number} is the current one", hint="Roll back to another one first")
+
+    def forget(self, number: int) -> None:
+        """Hold a version no longer; VersionError if it is not held or answers now."""
+        self.require_earlier(number)
         self._order.remove(number)
         del self._held[number]
 

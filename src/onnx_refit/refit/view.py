@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx_refit.engine.protocol import Backend
+from onnx_refit.engine.protocol import Backend, WeightSet
 from onnx_refit.errors import WeightsError
-from onnx_refit.refit.versions import Version
 from onnx_refit.tensors import Array, TensorSpec
 
 
 class VersionWeights:
-    """A version as a weight source: engine weights rearranged back, or the arrays retained beside them."""
+    """A weight set as a weight source: engine weights rearranged back, or the arrays retained beside them.
 
-    def __init__(self, version: Version, specs: Mapping[str, TensorSpec], backend: Backend) -> None:
-        self._version, self._specs, self._backend = version, specs, backend
+    Args:
+        weights: the weight set.
+        retained: the source weights that cannot be read back from it.
+        specs: name -> spec of every refittable weight.
+        backend: the backend that derived the set.
+        description: what to call it in messages.
+    """
+
+    def __init__(
+        self,
+        weights: WeightSet,
+        retained: Mapping[str, Array],
+        specs: Mapping[str, TensorSpec],
+        backend: Backend,
+        description: str,
+    ) -> None:
+        self._weights, self._retained, self._specs, self._backend = weights, retained, specs, backend
+        self._description = description
 
     @property
     def description(self) -> str:
         """Where the tensors come from."""
-        return f"version {self._version.number}"
+        return self._description
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -28,11 +43,11 @@ class VersionWeights:
 
     def read(self, name: str) -> Array:
         """One source weight, bit for bit as it was given; WeightsError for a name the plan does not know."""
-        if name in self._version.retained:
-            return self._version.retained[name]
+        if name in self._retained:
+            return self._retained[name]
         if name not in self._specs:
             raise WeightsError("the plan has no such weight", where=name)
-        return self._backend.recover(self._version.weights, name)
+        return self._backend.recover(self._weights, name)
 
     def close(self) -> None:
         """Do nothing: the engine owns the memory."""

@@ -1,0 +1,154 @@
+"""Commits that survive: an engine with a version store, restarted, killed, refused, out of disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnx_refit
+from onnx_refit.errors import StoreError, StoreLockedError, VersionError
+from onnx_refit.weights.store import Store
+from tests.support.models import conv_bn, mlp, mlp_input, mlp_reference, mlp_weights
+
+X = mlp_input()
+
+
+@pytest.fixture(scope="module")
+def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return onnx_refit.build(mlp()).save(tmp_path_factory.mktemp("durable") / "mlp.plan")
+
+
+def answers(engine: onnx_refit.Engine, seed: int) -> bool:
+    return bool(np.allclose(engine.run({"x": X})["y"], mlp_reference(mlp_weights(seed), X), rtol=1e-4, atol=1e-4))
+
+
+def test_the_committed_version_answers_after_a_restart(plan_path: Path, tmp_path: Path) -> None:
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        assert engine.version == 1
+        assert engine.refit(mlp_weights(1)).version == 2
+        assert engine.refit({"b1": mlp_weights(2)["b1"]}, partial=True).version == 3
+        before = engine.run({"x": X})["y"]
+        fingerprint = engine.fingerprint()
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        assert engine.version == 3
+        np.testing.assert_array_equal(engine.run({"x": X})["y"], before)
+        assert engine.fingerprint() == fingerprint
+        assert [info.number for info in engine.versions] == [1, 2, 3]
+        assert engine.refit(mlp_weights(4)).version == 4
+
+
+def test_a_rollback_is_durable_too(plan_path: Path, tmp_path: Path) -> None:
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        engine.refit(mlp_weights(1))
+        engine.rollback()
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        assert engine.version == 1
+        assert answers(engine, 0)
+        assert engine.refit(mlp_weights(2)).version == 3
+
+
+def test_a_version_no_longer_held_comes_back_from_the_store(plan_path: Path, tmp_path: Path) -> None:
+    with onnx_refit.load(plan_path, store=tmp_path / "store", keep=1) as engine:
+        for seed in range(1, 5):
+            engine.refit(mlp_weights(seed))
+        with pytest.raises(VersionError):
+            engine.run({"x": X}, version=2)
+        np.testing.assert_array_equal(engine.weights(2).read("w1"), mlp_weights(1)["w1"])
+        assert engine.rollback(to=2).version == 2
+        assert answers(engine, 1)
+        engine.forget(3)
+        with pytest.raises(VersionError):
+            engine.rollback(to=3)
+        assert engine.rollback(to=4).version == 4
+        assert answers(engine, 3)
+
+
+def test_what_is_stored_is_what_was_staged(plan_path: Path, tmp_path: Path) -> None:
+    given = mlp_weights(1)
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        staged = engine.stage(given)
+        for array in given.values():
+            array[...] = 7
+        staged.commit()
+        assert answers(engine, 1)
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        assert answers(engine, 1)
+
+
+def test_a_second_engine_on_the_store_is_refused(plan_path: Path, tmp_path: Path) -> None:
+    with (
+        onnx_refit.load(plan_path, store=tmp_path / "store"),
+        pytest.raises(StoreLockedError),
+    ):
+        onnx_refit.load(plan_path, store=tmp_path / "store")
+    onnx_refit.load(plan_path, store=tmp_path / "store").close()
+
+
+def test_a_store_of_another_plan_is_refused(plan_path: Path, tmp_path: Path) -> None:
+    onnx_refit.load(plan_path, store=tmp_path / "store").close()
+    other = onnx_refit.build(conv_bn())
+    for _ in range(2):  # a refusal gives the lock back
+        with pytest.raises(StoreError, match="another plan"):
+            onnx_refit.load(other, store=tmp_path / "store")
+    onnx_refit.load(plan_path, store=tmp_path / "store").close()
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback"])
+def test_a_disk_that_refuses_leaves_the_engine_as_it_was(
+    plan_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full", where=tmp_path)
+
+    with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:
+        engine.refit(mlp_weights(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, method, refuse)
+            with pytest.raises(StoreError, match="full"):
+                engine.refit(mlp_weights(2)) if method == "commit" else engine.rollback()
+        assert engine.version == 2
+        assert answers(engine, 1)
+        engine.refit(mlp_weights(3))
+        assert answers(engine, 3)
+
+
+_CHILD = """
+import sys, numpy as np, onnx_refit
+sys.path.insert(0, sys.argv[3])
+from tests.support.models import mlp_weights
+engine = onnx_refit.load(sys.argv[1], store=sys.argv[2])
+turn = 0
+while True:
+    turn += 1
+    report = engine.refit(mlp_weights(turn % 5))
+    sys.stdout.write(f"{report.version} {turn % 5}\\n")
+    sys.stdout.flush()
+"""
+
+
+def kill_and_restart(plan_path: Path, store: Path, commits: int) -> None:
+    """Kill a process that commits in a loop once it has reported so many, and look at what a new one finds."""
+    root = str(Path(__file__).parents[2])
+    run = [sys.executable, "-c", _CHILD, str(plan_path), str(store), root]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        reported = [child.stdout.readline().split() for _ in range(commits)]
+        os.kill(child.pid, signal.SIGKILL)
+        reported += [line.split() for line in child.stdout.read().splitlines() if len(line.split()) == 2]
+    version, seed = int(reported[-1][0]), int(reported[-1][1])
+    with onnx_refit.load(plan_path, store=store) as engine:
+        # The last reported commit, or the one after it: written, but not yet reported when the process was killed.
+        assert engine.version in {version, version + 1}
+        assert answers(engine, seed if engine.version == version else (seed + 1) % 5)
+
+
+@pytest.mark.parametrize("commits", [1, 2, 7])
+def test_kill_9_leaves_one_whole_version(plan_path: Path, tmp_path: Path, commits: int) -> None:
+    for _ in range(2):
+        kill_and_restart(plan_path, tmp_path / "store", commits)
