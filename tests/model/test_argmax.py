@@ -92,6 +92,20 @@ def test_hardmax_of_unknown_rank_stays():
     assert (result.blockers[0].node, result.blockers[0].reason) == ("mark", "the rank of its input is not known")
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (3, 1, 2, 2), (1, 5, 1)])
+@pytest.mark.parametrize(("opset", "axis"), [(9, 0), (9, 1), (11, 2)])
+def test_flattening_needs_no_rank(shape, opset, axis):
+    nodes = [node("Reshape", ["v", "shape"], ["x"]), node("Hardmax", ["x"], ["y"], axis=axis)]
+    inputs = {"v": ("float32", ["n"]), "shape": ("int64", ["r"])}
+    original = model(nodes, inputs, {"y": ("float32", None)}, opset=opset)
+    x = ties(shape, 2)
+    case = {"v": x.ravel(), "shape": np.array(shape)}
+    result = apply(ReplaceHardmax(), original, case)
+    assert "Hardmax" not in operators(result.model)
+    (got,) = ReferenceEvaluator(result.model).run(None, case)
+    np.testing.assert_array_equal(got, flattened_hardmax(x, axis))
+
+
 def test_hardmax_before_opset_9_stays():
     result = ReplaceHardmax().call(hardmax_model((2, 3), 7, 1))
     assert "opset 7" in result.blockers[0].reason
@@ -157,6 +171,23 @@ def test_tails_of_other_forms(arguments, data_shape):
     for seed in range(4):
         result = apply(SelectByArgMax(), original, tail_case(arguments["shape"], data_shape, seed))
     assert not {"Hardmax", "Compress"} & set(operators(result.model))
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+@pytest.mark.parametrize(("declared", "changed"), [([1], True), (["k"], False), (None, False)])
+def test_a_result_declared_to_be_one_element_tells_that_there_is_one_maximum(opset, declared, changed):
+    nodes = [
+        node("Reshape", ["v", "shape"], ["x"]),  # of unknown rank, as behind a Scan
+        node("Hardmax", ["x"], ["m"], axis=1),
+        node("Cast", ["m"], ["b"], to=TensorProto.BOOL),
+        node("Reshape", ["b", "flat"], ["c"]),
+        node("Compress", ["data", "c"], ["y"]),
+    ]
+    inputs = {"v": ("float32", ["n"]), "shape": ("int64", ["r"]), "data": ("int32", ["a", "b"])}
+    original = model(nodes, inputs, {"y": ("int32", declared)}, {"flat": np.array([-1])}, opset=opset)
+    x, data = ties((1, 6), 4), np.arange(6, dtype=np.int32).reshape(1, 6)
+    result = apply(SelectByArgMax(), original, {"v": x.ravel(), "shape": np.array([1, 6]), "data": data})
+    assert result.modified == changed
 
 
 def test_several_maxima_are_left_to_the_general_passes():

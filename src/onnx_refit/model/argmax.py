@@ -94,14 +94,14 @@ def _select(model: ModelProto, graph: GraphProto, compress: NodeProto, shapes: S
     hardmax = chain[0]
     dims = shapes.dims(hardmax.input[0])
     kind = _Axis.of(hardmax, version)
-    if dims is None or not dims or kind.rows(dims) != 1:
+    if not (_picks_one(compress, shapes) or (dims and kind.rows(dims) == 1)):
         return []  # several maxima: ReplaceHardmax and ReplaceCompress do what is right in general
     build = Builder(model, graph)
     scores, title = hardmax.input[0], hardmax.name or "Hardmax"
-    axis = kind.axis % len(dims)
-    if product([size for place, size in enumerate(dims) if place != axis]) == 1 and len(dims) <= 2:
+    axis = kind.axis % len(dims) if dims else 0
+    if dims and len(dims) <= 2 and product([size for place, size in enumerate(dims) if place != axis]) == 1:
         keep = 1 if len(dims) == 1 else 0
-    else:  # the maximum over a whole block of several dimensions, or behind more leading ones
+    else:  # the maximum over a block of several dimensions, behind leading ones, or of a tensor of unknown rank
         scores = build.node("Reshape", [scores, build.constant([-1], wish="flat")], name=f"{title}_flat")
         axis, keep = 0, 1
     index = build.node("ArgMax", [scores], name=f"{title}_ArgMax", axis=axis, keepdims=keep)
@@ -120,6 +120,14 @@ def _select(model: ModelProto, graph: GraphProto, compress: NodeProto, shapes: S
         Change(label(compress), "Compress", f"replaced by ArgMax of {hardmax.input[0]} -> Gather", why),
         *([Change(label(hardmax), "Hardmax", f"taken out: {names}", "nothing else reads the mark")] if gone else []),
     ]
+
+
+def _picks_one(compress: NodeProto, shapes: Shapes) -> bool:
+    """Whether a Compress is declared to give one element (along its axis): then its mark has one maximum."""
+    picked, axis = shapes.dims(compress.output[0]), attribute(compress, "axis")
+    if axis is None:
+        return picked == (1,)
+    return picked is not None and isinstance(axis, int) and -len(picked) <= axis < len(picked) and picked[axis] == 1
 
 
 def _condition_chain(graph: GraphProto, name: str) -> list[NodeProto] | None:
@@ -175,7 +183,10 @@ class ReplaceHardmax:
                     blockers.append(Blocker(label(node), "Hardmax", reason))
                     continue
                 dims, code = shapes.dims(node.input[0]), shapes.element_type(node.input[0])
-                if dims is None or not dims or code is None:
+                kind = _Axis.of(node, version)
+                if not dims and kind.flattens and kind.axis >= 0:
+                    dims = (None,) * max(3, kind.axis + 2)  # of unknown rank: all that flattening needs to know
+                if not dims or code is None:
                     unknown = "type" if code is None else "rank"
                     blockers.append(Blocker(label(node), "Hardmax", f"the {unknown} of its input is not known"))
                     continue

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from onnx_refit.model.graph import all_graphs
 from onnx_refit.tensors import spec_of_value_info
+
+_SMALL = 256
+"""Up to this many elements, values may be a shape that inference needs."""
 
 Dims = tuple[int | str | None, ...]
 """The dimensions of a value of known rank."""
@@ -25,10 +29,11 @@ class Shapes:
     def __init__(self, model: ModelProto) -> None:
         self._dims: dict[str, Dims] = {}
         self._types: dict[str, int] = {}
+        light = without_weights(model)
         try:
-            inferred = onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(light, check_type=False, strict_mode=False, data_prop=True)
         except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-            inferred = model
+            inferred = light
         for graph in all_graphs(inferred.graph):
             for tensor in graph.initializer:
                 self._dims[tensor.name] = tuple(int(size) for size in tensor.dims)
@@ -53,6 +58,34 @@ class Shapes:
     def element_type(self, name: str) -> int | None:
         """The ONNX element type of a value, None where it is unknown."""
         return self._types.get(name)
+
+
+def without_weights(model: ModelProto) -> ModelProto:
+    """A copy for shape inference: large initializers of the main graph keep name, type and size but no values.
+
+    Inference hands models through their serialised form, which costs as much as the weights are large, and cannot be
+    above 2 GB.
+    """
+    light = ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(light, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(light.graph, field.name, value)
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) <= _SMALL:
+            light.graph.initializer.append(tensor)
+        else:
+            light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    return light
+
+
+def _copy_field(target: Any, name: str, value: Any) -> None:
+    if isinstance(value, str | int | bytes):
+        setattr(target, name, value)
+    else:
+        getattr(target, name).MergeFrom(value)
 
 
 def product(dims: Sequence[int | str | None]) -> int | None:
