@@ -570,3 +570,18 @@ def test_recurrent_weights_pass_through() -> None:
     )
     compiled = check(proto, {"x": array(0, 3, 2, 4)}).compiled
     assert dict(compiled.program.passthrough) == {"w": "w", "r": "r", "b": "b"}
+
+
+def test_operators_of_other_domains_are_not_taken_for_onnx_s() -> None:
+    """An operator of a user's own may be called Mul, and mean anything."""
+    conv, weights = convolution("plain", bias=False)
+    proto = model(
+        [conv, node("Mul", ["c", "v"], ["y"], domain="mine")],
+        {"x": [2, 4, 9, 9]},
+        ["y"],
+        {**weights, "v": array(3, 6, 1, 1)},
+    )
+    proto.opset_import.add(domain="mine", version=1)
+    compiled = compile_model(proto).compiled
+    assert ops(compiled) == ["Conv", "Mul"]
+    assert not compiled.program.model

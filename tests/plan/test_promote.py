@@ -527,3 +527,34 @@ def test_operands_of_resize_are_seen_through_casts() -> None:
         {"scales": np.array([1, 1, 2, 2], np.float64)},
     )
     assert not source_names(check(proto, {"x": array(3, 1, 1, 3, 4)}).compiled)
+
+
+def test_a_loop_variable_that_is_called_like_an_outer_weight() -> None:
+    body = graph(
+        [
+            node("Identity", ["c"], ["c_out"]),
+            node("MatMul", ["w", "v"], ["m"]),
+            node("Tanh", ["m"], ["w_out"]),
+        ],
+        [value("i", [], TensorProto.INT64), value("c", [], TensorProto.BOOL), value("w", [3, 4])],
+        [value("c_out", [], TensorProto.BOOL), value("w_out", [3, 4])],
+        {"v": array(3, 4, 4)},
+        "body",
+    )
+    proto = model(
+        [node("Loop", ["n", "go", "x"], ["l"], name="loop", body=body), node("MatMul", ["l", "w"], ["y"])],
+        {"x": [3, 4]},
+        {"y": [3, 4]},
+        {"w": array(2, 4, 4), "n": np.array(2), "go": np.array(True)},
+    )
+    assert source_names(check(proto, {"x": X}).compiled) == {"w", "v"}
+
+
+def test_both_spellings_of_the_default_domain() -> None:
+    proto = model(
+        [node("Transpose", ["w"], ["t"], domain="ai.onnx"), node("MatMul", ["x", "t"], ["y"])],
+        {"x": [3, 4]},
+        ["y"],
+        {"w": array(1, 4, 4)},
+    )
+    assert [n.op_type for n in check(proto, {"x": X}).compiled.activation.graph.node] == ["MatMul"]

@@ -48,7 +48,7 @@ class ResolveCastLike:
 
     def call(self, draft: Draft) -> int:
         """Rewrite; how many nodes became Cast."""
-        found = [node for node in draft.nodes() if node.op_type == "CastLike" and node.domain in {"", "ai.onnx"}]
+        found = [node for node in draft.nodes() if node.op_type == "CastLike" and not node.domain]
         specs = draft_specs(draft) if found else {}
         resolved = 0
         for node in found:
@@ -118,7 +118,7 @@ def _hoist_node(draft: Draft, node: NodeProto) -> bool:
         return False
     if not all(name in program for name in inputs):
         return False
-    if node.op_type in {"Shape", "Size"} and node.domain in {"", "ai.onnx"}:
+    if node.op_type in {"Shape", "Size"} and not node.domain:
         program.add_constant(_shape_of(node, program.shape(inputs[0])), node.output[0])
         return True
     weights = any(program.is_weight(name) for name in inputs)

@@ -40,7 +40,7 @@ class ProgramBuilder:
         self._known: dict[bytes, list[str]] = {}
         self._types: dict[str, TypeProto] = {}
         self._data: dict[str, TensorProto] = {}
-        self._versions = {entry.domain.replace("ai.onnx", "") or "": entry.version for entry in opsets}
+        self._versions = {entry.domain: entry.version for entry in opsets}
 
     def add_source(self, spec: TensorSpec) -> None:
         """Declare a source weight; its shape must be static."""
@@ -104,6 +104,8 @@ class ProgramBuilder:
         return {name: name for name in outputs}
 
     def _changes_nothing(self, node: NodeProto, output: TensorSpec) -> bool:
+        if node.domain:
+            return False
         if node.op_type == "Transpose":
             order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
             return order == sorted(order) if order else len(output.static_shape) < 2
@@ -114,9 +116,8 @@ class ProgramBuilder:
 
     def infer(self, node: NodeProto) -> list[TensorSpec]:
         """The specs of a node's outputs, its inputs being values of the program; raises as ``push``."""
-        domain = node.domain.replace("ai.onnx", "") if node.domain == "ai.onnx" else node.domain
         try:
-            schema = onnx.defs.get_schema(node.op_type, self._versions.get(domain, 1), domain)
+            schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
             types = onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,

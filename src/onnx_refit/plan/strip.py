@@ -21,7 +21,7 @@ from onnx_refit.errors import ModelError
 from onnx_refit.model.graph import Names, value_names
 from onnx_refit.tensors import Array, numpy_dtype, onnx_dtype_name
 
-_OPSET = 17  # the default operator set of models that import only others
+_OPSET = 17  # the default operator set of models that import only others: for the nodes that the compiler adds
 _IR = 8  # the oldest IR version written: initializers are constants (4), functions of a model are allowed (8)
 
 
@@ -65,9 +65,9 @@ class _Stripper:
         bare.ir_version = max(self.model.ir_version, _IR)
         for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
             setattr(bare, name, getattr(self.model, name))
-        bare.opset_import.extend(self.model.opset_import)
-        if all(entry.domain not in {"", "ai.onnx"} for entry in bare.opset_import):
-            bare.opset_import.add(domain="", version=_OPSET)  # for the nodes that the compiler adds
+        versions = {_domain(entry.domain): entry.version for entry in self.model.opset_import}
+        for domain, version in {"": _OPSET, **versions}.items():
+            bare.opset_import.add(domain=domain, version=version)
         bare.metadata_props.extend(self.model.metadata_props)
         bare.functions.extend(self.model.functions)
         self.graph(self.model.graph, bare.graph, "", {})
@@ -97,7 +97,8 @@ class _Stripper:
                 copied.name = scope.get(value.name, value.name)
 
     def node(self, old: NodeProto, new: NodeProto, scope: dict[str, str]) -> None:
-        new.op_type, new.domain, new.doc_string, new.overload = old.op_type, old.domain, old.doc_string, old.overload
+        new.op_type, new.domain = old.op_type, _domain(old.domain)
+        new.doc_string, new.overload = old.doc_string, old.overload
         new.name = self.node_name(old)
         new.input.extend(scope.get(name, name) for name in old.input)
         new.output.extend(scope.get(name, name) for name in old.output)
@@ -120,6 +121,11 @@ class _Stripper:
         name = self.names.fresh(node.name or f"{node.op_type}_{next((o for o in node.output if o), 'none')}")
         self.taken.add(name)
         return name
+
+
+def _domain(name: str) -> str:
+    """The default domain has two spellings; the compiler writes the empty one."""
+    return "" if name == "ai.onnx" else name
 
 
 def _node_names(graph: GraphProto) -> Iterator[str]:

@@ -17,14 +17,14 @@ class SplitAttention:
     """Attention (com.microsoft 1) becomes MatMul + Add + Split + MultiHeadAttention (com.microsoft 1)."""
 
     action = "split the projection off Attention"
-    anchors = frozenset({"Attention"})
+    anchors = frozenset({"com.microsoft.Attention"})
 
     def __init__(self, recipes: Recipes) -> None:
         self._recipes = recipes
 
     def requires(self, site: Site, node: NodeProto) -> str | None:
         """Weights that are weights, no past, no rotary embedding, a mask that MultiHeadAttention takes."""
-        if node.domain != "com.microsoft" or len(node.input) < 2 or not site.program.is_weight(node.input[1]):
+        if len(node.input) < 2 or not site.program.is_weight(node.input[1]):
             return ABSENT
         inputs = dict(enumerate(node.input))
         if inputs.get(4) or inputs.get(6) or len([output for output in node.output if output]) > 1:

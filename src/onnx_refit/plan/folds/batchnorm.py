@@ -9,7 +9,7 @@ from onnx_refit.model.graph import attribute, set_attribute
 from onnx_refit.plan.folds.framework import ABSENT
 from onnx_refit.plan.folds.hosts import Host, host_of, is_reduced, scale_host, set_bias
 from onnx_refit.plan.folds.recipes import Recipes
-from onnx_refit.plan.folds.site import Site
+from onnx_refit.plan.folds.site import Site, operator
 from onnx_refit.tensors import numpy_dtype
 
 _PATH = {"Reshape", "Transpose"}
@@ -109,7 +109,7 @@ def _find(site: Site, node: NodeProto) -> tuple[Host, list[NodeProto]] | None:
                 return None
             return (host, path) if place == axis else None
         step = site.maker(value)
-        before = None if step is None or step.op_type not in _PATH else _axis_before(site, step, axis)
+        before = None if step is None or operator(step) not in _PATH else _axis_before(site, step, axis)
         if step is None or before is None:
             return None
         path.append(step)

@@ -10,7 +10,7 @@ from onnx import GraphProto, NodeProto
 from onnx_refit.errors import ModelError
 from onnx_refit.model.graph import subgraphs
 from onnx_refit.plan.draft import Draft
-from onnx_refit.plan.folds.site import Site
+from onnx_refit.plan.folds.site import Site, operator
 from onnx_refit.plan.shapes import draft_specs
 from onnx_refit.tensors import TensorSpec
 
@@ -28,7 +28,7 @@ class Fold(Protocol):
 
     @property
     def anchors(self) -> frozenset[str]:
-        """The operators it is tried at."""
+        """The operators it is tried at, as ``operator`` names them."""
         ...
 
     def requires(self, site: Site, node: NodeProto) -> str | None:
@@ -71,7 +71,7 @@ class FoldPass:
             site = Site(draft, graph, {})
             for node in site.nodes():
                 for fold in self._folds:
-                    if node.op_type in fold.anchors and fold.requires(site, node) is None:
+                    if operator(node) in fold.anchors and fold.requires(site, node) is None:
                         return f"{fold.action} is still possible at {node.name!r}"
         return None
 
@@ -83,7 +83,7 @@ class FoldPass:
         site = Site(draft, graph, specs)
         for node in site.nodes():
             for fold in self._folds:
-                if node.op_type not in fold.anchors or not site.alive(node):
+                if operator(node) not in fold.anchors or not site.alive(node):
                     continue
                 count += self._try(site, fold, node)
         site.flush()

@@ -10,7 +10,7 @@ from onnx import NodeProto, helper
 
 from onnx_refit.model.graph import attribute
 from onnx_refit.plan.folds.recipes import Recipes
-from onnx_refit.plan.folds.site import Site
+from onnx_refit.plan.folds.site import Site, operator
 from onnx_refit.tensors import numpy_dtype
 
 
@@ -54,7 +54,7 @@ class Host:
 def host_of(site: Site, value: str) -> Host | None:
     """The affine host that makes a value of this graph, or None."""
     node = site.maker(value)
-    if node is None or node.domain not in {"", "ai.onnx"}:
+    if node is None or node.domain:
         return None
     if node.op_type == "Add":
         return _matmul_with_bias(site, node)
@@ -91,7 +91,7 @@ def _matmul_with_bias(site: Site, add: NodeProto) -> Host | None:
     for index in (0, 1):
         product, bias = add.input[1 - index], add.input[index]
         node = site.maker(product)
-        if node is None or node.op_type != "MatMul" or not site.read_once(product) or bias not in site.program:
+        if node is None or operator(node) != "MatMul" or not site.read_once(product) or bias not in site.program:
             continue
         if node.input[1] not in site.program or len(site.program.shape(node.input[1])) < 2:
             continue

@@ -8,7 +8,7 @@ from onnx import NodeProto
 
 from onnx_refit.plan.folds.framework import ABSENT
 from onnx_refit.plan.folds.recipes import Recipes
-from onnx_refit.plan.folds.site import Site
+from onnx_refit.plan.folds.site import Site, operator
 
 
 class FoldScaleIntoMatMul:
@@ -96,7 +96,7 @@ class FoldScaleIntoMatMul:
         """The scaling node in front, its scalar, the weight on the other side (or None), and the side it is on."""
         for place in (0, 1):
             scaling = site.maker(node.input[place])
-            if scaling is None or scaling.op_type not in {"Mul", "Div"}:
+            if scaling is None or operator(scaling) not in {"Mul", "Div"}:
                 continue
             scalar = _scalar_weight(site, scaling)
             if scalar is None:
@@ -112,7 +112,7 @@ class FoldScaleIntoMatMul:
         if scalar is None:
             return None
         product = site.maker(node.input[1 - list(node.input).index(scalar)])
-        if product is None or product.op_type != "MatMul":
+        if product is None or operator(product) != "MatMul":
             return None
         return product, scalar, next((name for name in product.input if _scalable(site, name)), None)
 

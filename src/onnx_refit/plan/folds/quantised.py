@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from onnx_refit.plan.folds.framework import ABSENT
 from onnx_refit.plan.folds.recipes import Recipes
-from onnx_refit.plan.folds.site import Site
+from onnx_refit.plan.folds.site import Site, operator
 from onnx_refit.tensors import Array
 
 _ULPS = 4
@@ -74,7 +74,7 @@ def _scales(site: Site, node: NodeProto) -> tuple[str, str, str, NodeProto] | No
     if len(node.input) < 3:
         return None
     makers = [site.maker(name) for name in node.input[:3]]
-    found = [maker for maker in makers if maker is not None and maker.op_type == "DequantizeLinear"]
+    found = [maker for maker in makers if maker is not None and operator(maker) == "DequantizeLinear"]
     if len(found) != 3 or found[2].input[0] not in site.program:
         return None
     return found[0].input[1], found[1].input[1], found[2].input[1], found[2]

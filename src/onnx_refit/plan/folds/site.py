@@ -12,6 +12,11 @@ from onnx_refit.plan.program import ProgramBuilder
 from onnx_refit.tensors import TensorSpec
 
 
+def operator(node: NodeProto) -> str:
+    """The node's operator: its name, behind its domain where that is not the default one."""
+    return f"{node.domain}.{node.op_type}" if node.domain else str(node.op_type)
+
+
 class Site:
     """An editable view of one graph of a draft; ``flush`` writes it back.
 
