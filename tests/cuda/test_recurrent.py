@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import re
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,65 +114,110 @@ def test_the_library_runs_the_common_forms_only(monkeypatch: pytest.MonkeyPatch)
     assert len(ran) == 3
 
 
-def test_which_hidden_sizes_the_kernel_takes() -> None:
-    assert persistent.hidden_size_fits(100)
-    assert persistent.hidden_size_fits(108)
-    assert not persistent.hidden_size_fits(112), "its rows do not fit into the registers"
-    assert not persistent.hidden_size_fits(50), "rows are read four at a time"
+def test_which_hidden_sizes_the_kernels_take() -> None:
+    assert persistent.hidden_size_fits("LSTM", 100)
+    assert persistent.hidden_size_fits("LSTM", 108)
+    assert not persistent.hidden_size_fits("LSTM", 112), "its rows do not fit into the registers"
+    assert not persistent.hidden_size_fits("LSTM", 50), "rows are read four at a time"
+    assert persistent.hidden_size_fits("GRU", 128)
+    assert not persistent.hidden_size_fits("GRU", 132)
+
+
+def sigmoid(a: Any) -> Any:
+    return 1 / (1 + np.exp(-a))
 
 
 def emulated_kernel(form: Any) -> tuple[Any, Any, Any]:
-    """What ``persistent.SOURCE`` computes, indexing written as there, over flat arrays."""
-    time, batch, _ = form.x.shape
-    d_count, gates = form.w.shape[:2]
-    hidden = form.hidden
-    bias = (form.b[:, :gates] + form.b[:, gates:]).reshape(-1).numpy()
-    flat = form.x.reshape(time * batch, -1).numpy() @ form.w.reshape(d_count * gates, -1).numpy().T + bias
-    xp, r = flat.reshape(-1), form.r.numpy()
-    y = np.zeros(time * d_count * batch * hidden, np.float32)
-    last, cell = np.zeros((d_count, batch, hidden), np.float32), np.zeros((d_count, batch, hidden), np.float32)
+    """What ``recurrent.cu`` computes, indexed as there, over flat arrays."""
+    projected, recurrent_weights, bias = (tensor.numpy() for tensor in persistent.kernel_operands(form))
+    time, batch, d_count, gates = projected.shape
+    size, lstm = form.hidden, form.kind == "LSTM"
+    xp, row = projected.reshape(-1), d_count * gates
+    y = np.zeros(time * d_count * batch * size, np.float32)
+    last, cell = np.zeros((d_count, batch, size), np.float32), np.zeros((d_count, batch, size), np.float32)
     backwards = sum(1 << d for d, back in enumerate(form.reversed) if back)
-    row = d_count * gates
     for d, b in itertools.product(range(d_count), range(batch)):
-        h = np.zeros(hidden, np.float32) if form.h is None else form.h[d, b].numpy().copy()
-        c = np.zeros(hidden, np.float32) if form.c is None else form.c[d, b].numpy().copy()
+        h = np.zeros(size, np.float32) if form.h is None else form.h[d, b].numpy().copy()
+        c = np.zeros(size, np.float32) if form.c is None else form.c[d, b].numpy().copy()
         back = (backwards >> d) & 1
         t = time - 1 if back else 0
         for _ in range(time):
             start = (t * batch + b) * row + d * gates
-            a = xp[start : start + gates] + r[d] @ h
-            gate = np.concatenate([1 / (1 + np.exp(-a[: 3 * hidden])), 1 - 2 / (1 + np.exp(2 * a[3 * hidden :]))])
-            c = gate[2 * hidden : 3 * hidden] * c + gate[:hidden] * gate[3 * hidden :]
-            h = gate[hidden : 2 * hidden] * (1 - 2 / (1 + np.exp(2 * c)))
-            place = ((t * d_count + d) * batch + b) * hidden
-            y[place : place + hidden] = h
+            x, a = xp[start : start + gates], recurrent_weights[d] @ h
+            if lstm:
+                gate = np.concatenate([sigmoid(x[: 3 * size] + a[: 3 * size]), np.tanh(x[3 * size :] + a[3 * size :])])
+                c = gate[2 * size : 3 * size] * c + gate[:size] * gate[3 * size :]
+                h = gate[size : 2 * size] * np.tanh(c)
+            else:
+                gate = np.concatenate([sigmoid(x[: 2 * size] + a[: 2 * size]), a[2 * size :] + bias[d]])
+                z = gate[:size]
+                h = (1 - z) * np.tanh(x[2 * size :] + gate[size : 2 * size] * gate[2 * size :]) + z * h
+            place = ((t * d_count + d) * batch + b) * size
+            y[place : place + size] = h
             t += -1 if back else 1
         last[d, b], cell[d, b] = h, c
-    shape = (time, d_count, batch, hidden)
-    return torch.from_numpy(y).reshape(shape), torch.from_numpy(last), torch.from_numpy(cell)
+    shape = (time, d_count, batch, size)
+    return torch.from_numpy(y).reshape(shape), torch.from_numpy(last), torch.from_numpy(cell) if lstm else None
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
-def test_the_kernels_indexing_emulated(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel itself needs a GPU; its layouts and directions can be judged here."""
-    monkeypatch.setattr(
-        recurrent,
-        "persistent",
-        types.SimpleNamespace(can_run=lambda form: form.kind == "LSTM" and form.common, run=emulated_kernel),
-    )
-    compare(*model("LSTM", direction, ("b", "h", "c")), "auto")
+@pytest.mark.parametrize("extras", [(), ("b",), ("b", "h", "c")])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_the_kernels_arithmetic_emulated(
+    kind: str, direction: str, extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels need a GPU; their layouts, biases and directions can be judged here."""
+    ran: list[str] = []
+
+    def run(form: Any) -> Any:
+        ran.append(form.kind)
+        return emulated_kernel(form)
+
+    replaced = types.SimpleNamespace(can_run=lambda form: form.common, run=run)
+    monkeypatch.setattr(recurrent, "persistent", replaced)
+    attributes = {"linear_before_reset": 1} if kind == "GRU" else {}
+    compare(*model(kind, direction, extras, **attributes), "auto")
+    assert ran == [kind]
+
+
+@pytest.mark.parametrize("name", ["lstm<4>", "lstm<100>", "lstm<108>", "gru<4>", "gru<128>"])
+def test_the_kernels_compile_for_hopper_without_spilling(name: str) -> None:
+    """NVRTC needs no GPU; skipped unless it is installed (``nvidia-cuda-nvrtc``)."""
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled(name, "sm_90"))
+    assert spills is not None
+    assert spills.groups() == ("0", "0")
+
+
+def compiled(name: str, architecture: str) -> str:
+    found = [path for folder in sys.path for path in Path(folder).glob("nvidia/**/libnvrtc.so.*")]
+    if not found:
+        pytest.skip("NVRTC is not installed")
+    nvrtc = ctypes.CDLL(str(found[0]))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), persistent.source().encode(), b"r.cu", 0, None, None) == 0
+    nvrtc.nvrtcAddNameExpression(program, name.encode())
+    options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    assert status == 0, log.value.decode()
+    return log.value.decode()
 
 
 @pytest.mark.gpu
-def test_the_kernel_on_a_gpu() -> None:
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_the_kernels_on_a_gpu(kind: str) -> None:
     """Every direction and state against the loop, in all dtypes."""
     if not torch.cuda.is_available() or not persistent.available():
         pytest.skip("no GPU, or no CuPy")
+    attributes = {"linear_before_reset": 1} if kind == "GRU" else {}
     for direction, extras in itertools.product(("forward", "reverse", "bidirectional"), (("b",), ("b", "h", "c"), ())):
-        proto, feeds = model("LSTM", direction, extras)
+        proto, feeds = model(kind, direction, extras, **attributes)
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 8e-2)):
             values = {name: torch.from_numpy(a).cuda().to(dtype) for name, a in feeds.items()}
-            got = Lowered(proto, "cuda:0", dtype, recurrent="persistent").run(values)
+            got = Lowered(proto, "cuda:0", dtype, recurrent="auto").run(values)
             wanted = Lowered(proto, "cuda:0", dtype, recurrent="loop").run(values)
             for name, expected in wanted.items():
                 torch.testing.assert_close(got[name], expected, rtol=tolerance, atol=tolerance)

@@ -22,7 +22,7 @@ def require_torch(device: str) -> Any:
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError as error:
-        raise MissingExtraError("torch", "torch", "the engine 'cuda'") from error
+        raise MissingExtraError("torch", "cuda", "the engine 'cuda'") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         built = torch.version.cuda
         reason = "this PyTorch is built without CUDA" if built is None else "PyTorch sees no NVIDIA GPU or driver"
