@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -29,8 +31,8 @@ class Optimised:
 
     Attributes:
         model: the graph, values named by order of use; its initializers hold no data.
-        tensors: the data of every initializer.
-        weights: the values that each weight had, flat.
+        tensors: the data of every initializer, read when asked for.
+        weights: the values that each weight had, flat, read when asked for.
     """
 
     model: onnx.ModelProto
@@ -129,42 +131,71 @@ def run(
     disabled: Sequence[str],
     folder: Path,
 ) -> Optimised:
-    """Optimise the model with these values as its weights; the folder may be removed afterwards (POSIX)."""
+    """Optimise the model with these values as its weights; the result reads the folder's files when asked."""
     folder.mkdir()
     target = folder / "optimised.onnx"
     optimise(write(model, weights, values, folder), target, disabled)
     result = onnx.load(str(target), load_external_data=False)
     rename_by_use(result)
-    tensors: dict[TensorKey, Array] = {}
-    files: dict[str, Array] = {}
+    tensors: dict[TensorKey, Array | _Place] = {}
     for number, graph in enumerate(all_graphs(result.graph)):
         for tensor in graph.initializer:
-            tensors[number, tensor.name] = _data(tensor, folder, files)
+            tensors[number, tensor.name] = _data(tensor, folder)
             for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
                 tensor.ClearField(field)
             del tensor.external_data[:]
             tensor.ClearField("data_location")
-    written = _map(folder / WEIGHTS_FILE)
+    written = folder / WEIGHTS_FILE
     layout = _layout(weights)
-    flat = {
-        spec.name: written[layout[spec.name] : layout[spec.name] + spec.nbytes].view(numpy_dtype(spec.dtype))
-        for spec in weights
+    flat: dict[str, Array | _Place] = {
+        spec.name: _Place(written, layout[spec.name], numpy_dtype(spec.dtype), (spec.size,)) for spec in weights
     }
-    return Optimised(result, tensors, flat)
+    return Optimised(result, _Stored(tensors), _Stored(flat))
 
 
-def _map(path: Path) -> Array:
-    return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+@dataclass(frozen=True)
+class _Place:
+    """A tensor in a file."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+    def read(self) -> Array:
+        count = math.prod(self.shape) * self.dtype.itemsize
+        return np.fromfile(self.path, np.uint8, count, offset=self.offset).view(self.dtype).reshape(self.shape)
 
 
-def _data(tensor: TensorProto, folder: Path, files: dict[str, Array]) -> Array:
+_Key = TypeVar("_Key")
+
+
+class _Stored(Mapping[_Key, Array]):
+    """Tensors in memory or in files; of those in files, only the one read last is kept."""
+
+    def __init__(self, places: Mapping[_Key, Array | _Place]) -> None:
+        self._places = places
+        self._last: tuple[_Key, Array] | None = None
+
+    def __getitem__(self, key: _Key) -> Array:
+        place = self._places[key]
+        if not isinstance(place, _Place):
+            return place
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = key, place.read()
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _data(tensor: TensorProto, folder: Path) -> Array | _Place:
     if tensor.data_location != TensorProto.EXTERNAL:
         return onnx.numpy_helper.to_array(tensor)
     entry = {item.key: item.value for item in tensor.external_data}
-    location = entry["location"]
-    if location not in files:
-        files[location] = _map(folder / location)
     dtype = numpy_dtype(onnx_dtype_name(tensor.data_type))
-    size = int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
-    start = int(entry.get("offset", 0))
-    return files[location][start : start + size].view(dtype).reshape(tuple(tensor.dims))
+    return _Place(folder / entry["location"], int(entry.get("offset", 0)), dtype, tuple(tensor.dims))

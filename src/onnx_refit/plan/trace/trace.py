@@ -152,14 +152,14 @@ class Tracer:
         for key, value in proof.tensors.items():
             values = [each.tensors[key] for each in coded]
             if all(_equal(value, other) for other in values):
-                constants[key] = value
+                constants[key] = value.copy()
                 continue
             recipe = self._explain(key, values, coded, value, proof)
             if recipe is None:
                 unexplained.append(f"{key[1]} ({value.dtype}{list(value.shape)})")
             else:
                 recipes[key] = recipe
-        shutil.rmtree(folder)  # what is mapped stays readable
+        shutil.rmtree(folder)
         return _Attempt(proof, recipes, constants, tuple(unexplained))
 
     def _coded(self, digit: int, disabled: Sequence[str], folder: Path) -> Optimised:
