@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,8 @@ class VocabularyMap:
 
     @cached_property
     def _table(self) -> dict[Scalar, Scalar]:
-        return dict(zip(map(self._canonical, self.keys), self.values, strict=True))
+        keys = map(self._canonical, self.keys) if self.key_dtype in _FLOATS else self.keys
+        return dict(zip(keys, self.values, strict=True))
 
     def _canonical(self, key: Scalar) -> Scalar:
         """The key as it is looked up: rounded to the dtype of the tensor; all NaNs are one key."""
@@ -150,8 +152,8 @@ class VocabularyMap:
                 output=str(data["output"]),
                 node=str(data["node"]),
                 op_type=str(data["op_type"]),
-                keys=tuple(_decode(key, key_dtype) for key in data["keys"]),
-                values=tuple(_decode(value, value_dtype) for value in data["values"]),
+                keys=_decode_all(data["keys"], key_dtype),
+                values=_decode_all(data["values"], value_dtype),
                 default=_decode(data["default"], value_dtype),
                 key_dtype=key_dtype,
                 value_dtype=value_dtype,
@@ -199,14 +201,24 @@ def _text(element: object, where: str) -> str:
 
 
 def _check_all(elements: Iterable[Scalar], dtype: str, what: str, node: str) -> None:
+    elements = tuple(elements)
+    kinds = set(map(type, elements))
+    # Vocabularies have a hundred thousand entries: look at each only where not all are plainly right.
+    if kinds <= {str} and dtype == "string":
+        return
+    if kinds == {int} and dtype in _INTEGERS and _within(min(elements), max(elements), dtype):
+        return
     wanted: type | tuple[type, ...] = str if dtype == "string" else int if dtype in _INTEGERS else (int, float)
     for element in elements:
         if not isinstance(element, wanted) or isinstance(element, bool):
             raise ModelError(f"the {what} {element!r} is not {dtype}", where=node)
-        if dtype in _INTEGERS:
-            limits = np.iinfo(dtype)
-            if not limits.min <= element <= limits.max:  # type: ignore[operator]
-                raise ModelError(f"the {what} {element!r} does not fit {dtype}", where=node)
+        if dtype in _INTEGERS and not _within(element, element, dtype):
+            raise ModelError(f"the {what} {element!r} does not fit {dtype}", where=node)
+
+
+def _within(least: Any, most: Any, dtype: str) -> bool:
+    limits = np.iinfo(dtype)
+    return bool(limits.min <= least and most <= limits.max)
 
 
 def _encode(element: Scalar) -> Scalar:
@@ -214,6 +226,12 @@ def _encode(element: Scalar) -> Scalar:
     if isinstance(element, float) and not math.isfinite(element):
         return "nan" if math.isnan(element) else "inf" if element > 0 else "-inf"
     return element
+
+
+def _decode_all(elements: list[Any], dtype: str) -> tuple[Scalar, ...]:
+    if dtype in _FLOATS:
+        return tuple(_decode(element, dtype) for element in elements)
+    return tuple(elements)  # what is not as it should be is found when the map is made
 
 
 def _decode(element: object, dtype: str) -> Scalar:
