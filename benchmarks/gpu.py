@@ -261,7 +261,7 @@ def group(devices: tuple[str, ...], quick: bool) -> dict[str, object]:
     """A full refit of a group from weights on the first device, beside NCCL's broadcast of the same bytes."""
     compiled, weights = wide_mlp(4, 512) if quick else wide_mlp(16, 4096)
     nbytes = sum(array.nbytes for array in weights.values())
-    backend = create(compiled, CudaOptions(devices=devices))
+    backend: Any = create(compiled, options=CudaOptions(devices=devices))[0]
     there: Any = {name: torch.from_numpy(array).to(devices[0]) for name, array in weights.items()}
     backend.derive(there)
     refit = statistics.median(once(lambda: backend.derive(there)) for _ in range(7))

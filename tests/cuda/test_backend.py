@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def rows(count: int) -> dict[str, Array]:
     return {"x": RNG.standard_normal((count, 8)).astype(np.float32)}
 
 
-def wanted(model: onnx.ModelProto, weights: dict[str, Array], feeds: dict[str, Array]) -> list[Array]:
+def wanted(model: onnx.ModelProto, weights: Mapping[str, Any], feeds: Mapping[str, Any]) -> list[Array]:
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     for tensor in changed.graph.initializer:
@@ -238,7 +239,7 @@ def test_bidaf(bidaf: tuple[onnx.ModelProto, Compilation]) -> None:
 
 def group_of(count: int) -> tuple[CudaGroup, dict[str, Array]]:
     compilation = compile_model(mlp())
-    backend = create(compilation.compiled, CudaOptions(devices=("cpu",) * count))
+    backend, _ = create(compilation.compiled, options=CudaOptions(devices=("cpu",) * count))
     assert isinstance(backend, CudaGroup)
     return backend, {name: np.array(array) for name, array in compilation.weights.items()}
 

@@ -150,7 +150,8 @@ def test_a_group_of_all_devices() -> None:
         pytest.skip("one GPU")
     compilation = compile_model(mlp())
     weights = {name: np.array(array) for name, array in compilation.weights.items()}
-    group: Any = create(compilation.compiled, CudaOptions(devices=tuple(f"cuda:{index}" for index in range(count))))
+    devices = tuple(f"cuda:{index}" for index in range(count))
+    group: Any = create(compilation.compiled, options=CudaOptions(devices=devices))[0]
     x = rows(2)
     for seed in range(3):
         values = random_like(weights, seed)

@@ -45,7 +45,7 @@ def _cuda(
 ) -> tuple[Backend, bytes | None]:
     from onnx_refit.engine.cuda.create import create
 
-    return create(compiled, options.cuda or CudaOptions()), None
+    return create(compiled, weights, options.cuda or CudaOptions(), artefact)
 
 
 def _tensorrt(

@@ -14,8 +14,9 @@ import torch
 
 from onnx_refit.engine.cuda import persistent
 from onnx_refit.engine.cuda.arena import Arena, Layout
+from onnx_refit.engine.cuda.choice import Choice, candidates, make_network
 from onnx_refit.engine.cuda.lowering.operators import Tensor
-from onnx_refit.engine.cuda.lowering.program import Lowered, to_real
+from onnx_refit.engine.cuda.lowering.program import to_real
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
 from onnx_refit.engine.cuda.recipes import Recipes
 from onnx_refit.engine.cuda.runner import Runner, to_input
@@ -39,16 +40,20 @@ class CudaBackend:
         compiled: the portable engine.
         device: the device, ``"cuda:0"``.
         options: what the user chose.
+        choice: how the network runs; None takes the most promising way.
 
     Raises:
-        UnsupportedModelError: the model holds operators without a lowering; they are named.
+        UnsupportedModelError: the model holds operators that no way can run; they are named.
     """
 
-    def __init__(self, compiled: CompiledModel, device: str, options: CudaOptions) -> None:
+    def __init__(
+        self, compiled: CompiledModel, device: str, options: CudaOptions, choice: Choice | None = None
+    ) -> None:
         self._compiled = compiled
         self._options = options
         self._real = real_dtype(torch, options.precision)
-        lowered = Lowered(compiled.activation, device, self._real, recurrent=options.recurrent.value)
+        self.choice = candidates(compiled, device, options)[0] if choice is None else choice
+        lowered = make_network(compiled, device, options, self.choice)
         self.device = lowered.device
         self._layout = Layout(compiled.engine_weights, self._real)
         self.runner = Runner(compiled, lowered, self._layout, options)
@@ -78,22 +83,23 @@ class CudaBackend:
     def decisions(self) -> Sequence[Decision]:
         """What was decided for this device, with reasons; padding that turned out harmful is added as it is met."""
         fixed = [
+            self.choice.decision(),
             Decision(
                 "versions",
                 "copy a version's weights to where recorded graphs read them",
                 Verdict.ACCEPTED,
                 "recorded graphs hold addresses: the first request after a commit (or for another version) pays one "
                 "copy within the device, and the weights take that memory once more",
-            )
+            ),
         ]
         if self._options.precision is not Precision.FP32:
             reason = "it was asked for; outputs differ from float32's"
             fixed.append(Decision("precision", self._options.precision.value, Verdict.ACCEPTED, reason))
-        if any(node.op_type == "LSTM" for node in self._compiled.activation.graph.node):
+        if any(node.op_type in ("LSTM", "GRU") for node in self._compiled.activation.graph.node):
             usable = self.device.type == "cuda" and persistent.available()
-            reason = "CuPy compiles it" if usable else "it needs a GPU and CuPy; the library's kernels run"
+            reason = "CuPy compiles them" if usable else "they need a GPU and CuPy; the library's kernels run"
             verdict = Verdict.ACCEPTED if usable else Verdict.REJECTED
-            fixed.append(Decision("LSTM", "use the persistent kernel where the hidden size fits", verdict, reason))
+            fixed.append(Decision("LSTM, GRU", "persistent kernels where the hidden size fits", verdict, reason))
         return (*fixed, *self.runner.decisions)
 
     def required(self, changed: frozenset[str]) -> frozenset[str]:

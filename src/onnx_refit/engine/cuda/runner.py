@@ -11,9 +11,9 @@ import torch
 
 from onnx_refit.engine.cuda.arena import Layout, LiveArena
 from onnx_refit.engine.cuda.buckets import Buckets, Fitted
+from onnx_refit.engine.cuda.choice import Network
 from onnx_refit.engine.cuda.graphs import Recording, Recordings, record
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
-from onnx_refit.engine.cuda.lowering.program import Lowered
 from onnx_refit.engine.cuda.options import CudaOptions
 from onnx_refit.engine.cuda.torchlib import exact_products
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
@@ -31,7 +31,7 @@ class Runner:
     and not in Python, and a switch of weights lies between two requests.
     """
 
-    def __init__(self, compiled: CompiledModel, lowered: Lowered, layout: Layout, options: CudaOptions) -> None:
+    def __init__(self, compiled: CompiledModel, lowered: Network, layout: Layout, options: CudaOptions) -> None:
         self._compiled = compiled
         self._lowered = lowered
         self._options = options
@@ -102,7 +102,8 @@ class Runner:
         moved: dict[str, Tensor] = {}
 
         def compute(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return self._lowered.run({**given, **self.live.views}, moved)
+            outputs: Mapping[str, Tensor] = self._lowered.run({**given, **self.live.views}, moved)
+            return outputs
 
         with exact_products(torch, self._options.precision):
             return record(compute, static, self.device)
