@@ -368,3 +368,15 @@ def test_tensors_that_are_tied_for_good_stay_shared() -> None:
     assert unmerge(model, open_weights({"a": zero, "b": zero})) == (model, ())  # one storage under two names
     assert unmerge(model) == (model, ())
     assert len(unmerge(model, open_weights({"a": zero, "b": zero.copy()}))[1]) == 1
+
+
+@pytest.mark.parametrize("count", [20, 150])
+def test_a_bias_follows_its_weight_where_nothing_else_tells(count: int) -> None:
+    checkpoint: dict[str, Any] = {f"m.{i}.weight": r(6, 4) for i in range(count)}
+    checkpoint |= {f"m.{i}.bias": np.zeros(6, np.float32) for i in range(count)}
+    weights: dict[str, Any] = {}
+    for i in range(count):
+        weights[f"mm_{i + 1000}"] = checkpoint[f"m.{i}.weight"].T.copy()
+        weights[f"{i + 5000}"] = checkpoint[f"m.{i}.bias"]
+    found = find(weights, checkpoint)
+    assert all(found.names.entries[f"{i + 5000}"] == Stored(f"m.{i}.bias") for i in range(count))

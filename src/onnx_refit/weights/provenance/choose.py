@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from onnx_refit.weights.nearest import tokens
 from onnx_refit.weights.provenance.clues import Clues, name_agreement, path_agreement, shared_prefix, telling
@@ -20,6 +22,8 @@ from onnx_refit.weights.provenance.expression import (
     tensors_of,
 )
 
+_SCORED = 100  # options that are all scored; of more, only likely ones
+_BESIDE = 6  # options taken on either side of a neighbour's place in the checkpoint
 _REACH = 6  # neighbours looked at on each side
 _NAME, _PATH, _NEIGHBOUR, _ORDER, _ROLE = 2.0, 1.5, 1.2, 0.6, 1.0
 
@@ -31,7 +35,7 @@ class Tie:
     Attributes:
         weight: the weight.
         chosen: what was chosen.
-        alternatives: what it could have been just as well, by its bits.
+        alternatives: what it could have been just as well, by its bits; the first hundred.
         margin: how much better the choice agrees with names and surroundings than the next one; 0 is a guess.
     """
 
@@ -58,6 +62,7 @@ class Chooser:
         self._clues = clues
         self._position = position
         self._words: dict[str, tuple[str, ...]] = {}
+        self._indexes: dict[int, _Index] = {}
 
     def choose(
         self, fixed: Mapping[str, Expression], options: Mapping[str, Sequence[Expression]]
@@ -69,12 +74,12 @@ class Chooser:
             options: weight -> the expressions that give its bits, at least one.
         """
         chosen = dict(fixed)
-        open_: dict[str, list[Expression]] = {}
+        open_: dict[str, Sequence[Expression]] = {}
         for weight, found in options.items():
             if len(found) == 1:
                 chosen[weight] = found[0]
             else:
-                open_[weight] = list(found)
+                open_[weight] = found
         order = {w: i for i, w in enumerate(self._clues.sorted([*fixed, *options]))}
         settled = dict(chosen)
         margins: dict[str, float] = {}
@@ -83,7 +88,7 @@ class Chooser:
             picked, margins = self._assign(settled, open_, order, taken=set(chosen.values()))
             settled = {**chosen, **picked}
         ties = [
-            Tie(weight, settled[weight], tuple(e for e in found if e != settled[weight]), margins[weight])
+            Tie(weight, settled[weight], _others(found, settled[weight]), margins[weight])
             for weight, found in sorted(open_.items(), key=lambda item: order[item[0]])
         ]
         return settled, ties
@@ -102,7 +107,7 @@ class Chooser:
         for weight, found in open_.items():
             around = self._around(weight, by_order, settled, order)
             scores = []
-            for rank, expression in enumerate(found):
+            for rank, expression in self._likely(weight, found, around):
                 score = self._score(weight, expression, around) + habits.get(
                     (*self._habit(weight), _kind(expression)), 0
                 )
@@ -119,7 +124,24 @@ class Chooser:
                     continue
                 picked[weight] = expression
                 used.add(_stored(expression))
-        return picked, {w: round(two[0] - two[1], 4) for w, two in best_two.items()}
+        for weight, found in open_.items():
+            if weight not in picked:
+                picked[weight] = found[0]
+        return picked, {w: round(two[0] - two[-1], 4) for w, two in best_two.items()}
+
+    def _likely(
+        self, weight: str, found: Sequence[Expression], around: Sequence[tuple[float, str, int]]
+    ) -> Iterable[tuple[int, Expression]]:
+        """The options worth scoring: all of a few; of many those near the neighbours, and those of like names."""
+        if len(found) <= _SCORED:
+            return enumerate(found)
+        index = self._indexes.get(id(found))
+        if index is None:
+            index = self._indexes[id(found)] = _Index(found, self._position, self._tokens)
+        names = [telling(weight), *(self._tokens(use.node) for use in self._clues.uses.get(weight, ()))]
+        names += [self._tokens(tensor) for _, tensor, _ in around]
+        ranks = index.near(self._position.get(tensor, 0) for _, tensor, _ in around) | index.alike(names)
+        return [(rank, found[rank]) for rank in sorted(ranks)] if ranks else list(enumerate(found))[:_SCORED]
 
     def _habit(self, weight: str) -> tuple[str, int]:
         uses = self._clues.uses.get(weight, ())
@@ -149,7 +171,7 @@ class Chooser:
         ):
             for other in near:
                 distance = abs(order[other] - here)
-                clue = 1.0 / distance
+                clue = (1.1 if side < 0 else 1.0) / distance  # a bias follows its weight
                 if any(use.node in nodes for use in self._clues.uses.get(other, ())):
                     clue += 2.0
                 found.append((clue, _main(settled[other]), side))
@@ -163,6 +185,8 @@ class Chooser:
         score += _PATH * max(paths, default=0.0)
         if words and self._clues.fits_role(weight, words[-1]):
             score += _ROLE
+        # That a neighbour chose this very tensor is no reason to choose it too.
+        around = [clue for clue in around if clue[1] != tensor]
         total = sum(clue for clue, _, _ in around)
         if total:
             score += _NEIGHBOUR * sum(c * shared_prefix(self._tokens(t), words) for c, t, _ in around) / total
@@ -176,6 +200,44 @@ class Chooser:
         if words is None:
             words = self._words[name] = tokens(name)
         return words
+
+
+class _Index:
+    """Many options, by where their tensors stand in the checkpoint and by the words of their names."""
+
+    def __init__(
+        self, found: Sequence[Expression], position: Mapping[str, int], words: Callable[[str], tuple[str, ...]]
+    ) -> None:
+        self.options = found  # kept, so that no other list gets its id
+        places = sorted((position.get(_main(expression), 0), rank) for rank, expression in enumerate(found))
+        self._places = [place for place, _ in places]
+        self._ranks = [rank for _, rank in places]
+        self._by_word: dict[str, list[int]] = {}
+        for rank, expression in enumerate(found):
+            for word in set(words(_main(expression))):
+                self._by_word.setdefault(word, []).append(rank)
+
+    def near(self, positions: Iterable[int]) -> set[int]:
+        """The ranks of the options next to some places of the checkpoint."""
+        ranks: set[int] = set()
+        for place in positions:
+            at = bisect_left(self._places, place)
+            ranks.update(self._ranks[max(0, at - _BESIDE) : at + _BESIDE])
+        return ranks
+
+    def alike(self, names: Iterable[Sequence[str]]) -> set[int]:
+        """The ranks of the options that share the most telling words with one of some names."""
+        votes: Counter[int] = Counter()
+        for name in names:
+            for word in set(name):
+                ranks = self._by_word.get(word, ())
+                for rank in ranks if len(ranks) <= _SCORED else ():
+                    votes[rank] += 1
+        return {rank for rank, _ in votes.most_common(_SCORED)}
+
+
+def _others(found: Sequence[Expression], chosen: Expression) -> tuple[Expression, ...]:
+    return tuple(islice((e for e in found if e != chosen), 100))
 
 
 def _bisect(by_order: Sequence[str], order: Mapping[str, int], here: int) -> int:

@@ -33,17 +33,22 @@ def search(
     options: dict[str, list[Expression]] = {}
     constants: list[str] = []
     scales: dict[BatchNormFold, Array] = {}
+    arranged: dict[tuple[object, ...], list[Expression]] = {}
     for name, array in weights.items():
         if name in named or array.dtype.kind == "O" or dtype_name(array.dtype) == "complex128":
             continue
         constant = is_constant(array)
         if constant and clues.is_state(name):
             continue  # zeros, and no parameter, whatever else is zero
-        found = _arranged(pool, array)
         if constant:
             constants.append(name)
-        elif not found:
-            found = _derived(pool, array, scales)
+            # There may be thousands, all with the same thousands of candidates.
+            alike = (array.dtype.str, array.shape, array.reshape(-1)[:1].tobytes())
+            if alike not in arranged:
+                arranged[alike] = _arranged(pool, array)
+            found = arranged[alike]
+        else:
+            found = _arranged(pool, array) or _derived(pool, array, scales)
         if found:
             options[name] = found
     _add_folded_biases(pool, weights, named, options, clues, scales)
@@ -139,6 +144,6 @@ def _add_analogies(
         if weights[name].ndim != 1:
             continue
         for expression in analogous(pool, siblings, name, weights[name], order, known):
-            found = options.setdefault(name, [])
+            found = options.get(name, [])
             if expression not in found:
-                found.append(expression)
+                options[name] = [*found, expression]
