@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_refit.api import EngineOptions, build, load
+from onnx_refit.engine.registry import DEFAULT_ENGINE, engine_names
 from onnx_refit.errors import InputError
 from onnx_refit.files import write_text
 from onnx_refit.plan.plan import Plan
@@ -94,9 +95,10 @@ def _emit(data: object) -> None:
 @click.option("--rebuild", is_flag=True, help="Build even if there is a plan.")
 @click.option("--all-weights", is_flag=True, help="Refit every weight, not only the two that NVIDIA's sample names.")
 @click.option("--only-build", is_flag=True, help="Stop once there is a plan.")
+@click.option("--engine", type=click.Choice(engine_names()), default=DEFAULT_ENGINE, show_default=True, help="Engine.")
 @_json
 def build_command(
-    model_path: Path, plan_path: Path, rebuild: bool, all_weights: bool, only_build: bool, as_json: bool
+    model_path: Path, plan_path: Path, rebuild: bool, all_weights: bool, only_build: bool, engine: str, as_json: bool
 ) -> None:
     """Build an engine (or read its plan), refit fake and right weights, and check the answers.
 
@@ -109,15 +111,15 @@ def build_command(
             where=model_path,
             hint="Make it with 'onnx-refit bidaf prepare' (-d DIR for your own original, --bundled for ours)",
         )
-    plan = get_plan(model_path, plan_path, say, rebuild=rebuild)
+    plan = get_plan(model_path, plan_path, say, engine=engine, rebuild=rebuild)
     if only_build:
         if as_json:
             _emit({"plan": plan_path, "fingerprint": plan.fingerprint})
         return
     if plan.weights is None:
         raise InputError("the plan holds no weights to refit", where=plan_path, hint="Build it anew with --rebuild")
-    with load(plan) as engine:
-        outcome = refit_and_infer(engine, plan.weights, say, everything=all_weights)
+    with load(plan) as running:
+        outcome = refit_and_infer(running, plan.weights, say, everything=all_weights)
     if as_json:
         _emit({"plan": plan_path, **vars(outcome), "passed": outcome.passed})
     if not outcome.passed:

@@ -37,7 +37,8 @@ def onnx_weights(checkpoint: Mapping[str, Array]) -> dict[str, Array]:
             ``end.weight`` ``[1, 1000]``. ``start.bias`` and ``end.bias`` are not needed: they move all scores alike.
 
     Returns:
-        Name of the ONNX network -> array of its own, C-contiguous, float32 (``word_embedding`` float16: half the size, and what is shipped).
+        Name of the ONNX network -> array of its own, C-contiguous, float32 (``word_embedding`` float16: half the
+        size, and what is shipped).
 
     Raises:
         WeightsError: a tensor is missing, or of another shape.
