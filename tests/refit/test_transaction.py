@@ -258,8 +258,8 @@ class UnexpectedError(Exception):
 
 STEPS = (
     "onnx_refit.refit.live.open_weights",
-    "onnx_refit.refit.live.check",
-    "onnx_refit.refit.live.unchanged",
+    "onnx_refit.refit.derivation.check",
+    "onnx_refit.refit.derivation.unchanged",
     "onnx_refit.refit.transaction.run_canary",
     "onnx_refit.refit.live.Version",
 )

@@ -8,21 +8,19 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 
-import numpy as np
-
 from onnx_refit.engine.protocol import Backend, FullSpeed, WeightSet
 from onnx_refit.errors import EngineError, InputError, RefitError
 from onnx_refit.model.vocabulary import apply_maps
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.canary import Canary
-from onnx_refit.refit.check import CheckOptions, check
+from onnx_refit.refit.check import CheckOptions
+from onnx_refit.refit.derivation import Derivation
 from onnx_refit.refit.inputs import InputChecker
 from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
 from onnx_refit.refit.report import RefitReport
 from onnx_refit.refit.timing import timed
-from onnx_refit.refit.transaction import Candidate, Staged
-from onnx_refit.refit.unchanged import sample, unchanged
+from onnx_refit.refit.transaction import Staged
 from onnx_refit.refit.versions import Version, VersionInfo, VersionTable
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array, TensorSpec
@@ -66,27 +64,13 @@ class Engine:
             raise EngineError(f"keep must be at least 1, not {keep}")
         self._plan = plan
         self._backend = backend
-        self._refittable = {weight.spec.name: weight for weight in plan.compiled.sources}
-        self._kept_names = frozenset(self._refittable) - backend.recoverable
+        self._derivation = Derivation(backend, plan.compiled.sources)
         self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
         self._lock = threading.RLock()
         self._closed = False
         self._ledger = ledger if ledger is not None else MemoryLedger()
-        first = self._version_of(weights, source)
+        first = self._derivation.version(weights, source)
         self._versions = VersionTable(keep, replace(first, number=self._ledger.first(weights, source)))
-
-    def _version_of(self, weights: Mapping[str, Array], source: str) -> Version:
-        """A whole new version, not yet numbered, from complete weights."""
-        return Version(
-            number=0,
-            weights=self._backend.derive(weights),
-            retained={name: weights[name] for name in self._kept_names},
-            samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._refittable},
-            source=source,
-            parent=None,
-            changed=None,
-            committed=datetime.now(UTC),
-        )
 
     # ------------------------------------------------------------------ what it is
 
@@ -230,42 +214,11 @@ class Engine:
                 opened = open_weights(source)
                 view = opened if self._plan.names is None else self._plan.names.apply(opened)
             try:
-                return self._stage(view, options, seconds)
+                candidate = self._derivation.candidate(self._versions.current, view, options, seconds)
+                return Staged(self, candidate, seconds)
             finally:
                 if opened is not source:
                     opened.close()
-
-    def _stage(self, view: WeightSource, options: CheckOptions, seconds: dict[str, float]) -> Staged:
-        base = self._versions.current
-        current = self.weights()
-        with timed(seconds, "check"):
-            report, arrays = check(tuple(self._refittable.values()), view, current=current.read, options=options)
-            report.raise_if_rejected()
-        with timed(seconds, "compare"):
-            equal, samples = unchanged(arrays, base.samples, current.read)
-            arrays = {name: array for name, array in arrays.items() if name not in equal}
-        changed = frozenset(arrays)
-        full = len(changed) == len(self._refittable)
-        with timed(seconds, "derive"):
-            required = changed if full else self._backend.required(changed)
-            needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
-            weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
-            retained = {
-                # Copied: the caller may write to its arrays, or replace the file they are mapped from.
-                name: arrays[name].copy() if name in arrays else base.retained[name]
-                for name in self._kept_names
-            }
-        candidate = Candidate(
-            weights=weights,
-            retained=retained,
-            samples={**base.samples, **samples},
-            base=base.number,
-            full=full,
-            changed=changed,
-            source=view.description,
-            check=report,
-        )
-        return Staged(self, candidate, seconds)
 
     def refit(
         self,
@@ -306,9 +259,7 @@ class Engine:
                 )
             with timed(seconds, "store"):
                 # Read back from the staged set: the caller's arrays may have changed since they were checked.
-                staged_weights = VersionWeights(
-                    candidate.weights, candidate.retained, self._plan.refittable, self._backend, candidate.source
-                )
+                staged_weights = self._derivation.weights_of(candidate)
                 number = self._ledger.commit(
                     candidate.changed, staged_weights, None if candidate.full else candidate.base
                 )
@@ -324,14 +275,14 @@ class Engine:
                     committed=datetime.now(UTC),
                 )
                 self._versions.publish(version)
-        names = list(self._refittable)
+        names = list(self._plan.refittable)
         return RefitReport(
             version=version.number,
             previous=before.number,
             source=version.source,
             changed=tuple(name for name in names if name in candidate.changed),
             unchanged=tuple(name for name in names if name not in candidate.changed),
-            nbytes=sum(self._refittable[name].spec.nbytes for name in candidate.changed),
+            nbytes=sum(self._plan.refittable[name].nbytes for name in candidate.changed),
             seconds=seconds,
             full_speed=version.weights.full_speed,
             check=candidate.check,
@@ -373,8 +324,8 @@ class Engine:
         if not self._versions.holds(number):
             stored = self._ledger.load(number)
             if stored is not None:
-                weights = {name: stored.read(name) for name in self._refittable}
-                return replace(self._version_of(weights, stored.description), number=number)
+                weights = {name: stored.read(name) for name in self._plan.refittable}
+                return replace(self._derivation.version(weights, stored.description), number=number)
         return self._versions.get(number)
 
     def forget(self, version: int) -> None:

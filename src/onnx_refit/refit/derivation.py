@@ -1,0 +1,96 @@
+"""From a checkpoint to a weight set: check, leave out what does not change, derive the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from onnx_refit.engine.protocol import Backend
+from onnx_refit.plan.compiled import SourceWeight
+from onnx_refit.refit.check import CheckOptions, check
+from onnx_refit.refit.timing import timed
+from onnx_refit.refit.transaction import Candidate
+from onnx_refit.refit.unchanged import sample, unchanged
+from onnx_refit.refit.versions import Version
+from onnx_refit.refit.view import VersionWeights
+from onnx_refit.tensors import Array
+from onnx_refit.weights.source import WeightSource
+
+
+class Derivation:
+    """Makes versions and candidates of one backend; publishes nothing.
+
+    Args:
+        backend: the backend.
+        sources: every refittable weight of its plan.
+    """
+
+    def __init__(self, backend: Backend, sources: Sequence[SourceWeight]) -> None:
+        self._backend = backend
+        self._sources = tuple(sources)
+        self._specs = {source.spec.name: source.spec for source in sources}
+        self._kept_names = frozenset(self._specs) - backend.recoverable
+
+    def weights_of(self, held: Version | Candidate) -> VersionWeights:
+        """The source weights of a version or candidate, read back bit for bit."""
+        text = f"version {held.number}" if isinstance(held, Version) else held.source
+        return VersionWeights(held.weights, held.retained, self._specs, self._backend, text)
+
+    def version(self, weights: Mapping[str, Array], source: str) -> Version:
+        """A whole new version, not yet numbered, from complete weights; EngineError if it cannot be derived."""
+        return Version(
+            number=0,
+            weights=self._backend.derive(weights),
+            retained={name: weights[name] for name in self._kept_names},
+            samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._specs},
+            source=source,
+            parent=None,
+            changed=None,
+            committed=datetime.now(UTC),
+        )
+
+    def candidate(
+        self, base: Version, given: WeightSource, options: CheckOptions, seconds: dict[str, float]
+    ) -> Candidate:
+        """Check weights against the plan and derive a weight set from them.
+
+        Args:
+            base: the version that keeps what is not given.
+            given: the weights, in the plan's names.
+            options: how strict the check is.
+            seconds: takes the seconds of each stage.
+
+        Raises:
+            RefitRejectedError: the check refused.
+            EngineError: the derivation failed.
+        """
+        current = self.weights_of(base)
+        with timed(seconds, "check"):
+            report, arrays = check(self._sources, given, current=current.read, options=options)
+            report.raise_if_rejected()
+        with timed(seconds, "compare"):
+            equal, samples = unchanged(arrays, base.samples, current.read)
+            arrays = {name: array for name, array in arrays.items() if name not in equal}
+        changed = frozenset(arrays)
+        full = len(changed) == len(self._specs)
+        with timed(seconds, "derive"):
+            required = changed if full else self._backend.required(changed)
+            needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
+            weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
+            retained = {
+                # Copied: the caller may write to its arrays, or replace the file they are mapped from.
+                name: arrays[name].copy() if name in arrays else base.retained[name]
+                for name in self._kept_names
+            }
+        return Candidate(
+            weights=weights,
+            retained=retained,
+            samples={**base.samples, **samples},
+            base=base.number,
+            full=full,
+            changed=changed,
+            source=given.description,
+            check=report,
+        )
