@@ -27,6 +27,7 @@ class Live:
         self.model, self.inputs = ZOO[name]()
         compilation = compile_model(self.model)
         self.weights = dict(compilation.weights)
+        self.halves = any(array.dtype == np.float16 for array in self.weights.values())
         options = OnnxRuntimeOptions(threads=threads, optimise=optimise)
         self.backend: OnnxRuntimeBackend = create(compilation.compiled, self.weights, options)
 
@@ -45,7 +46,8 @@ class Live:
         got = self.backend.run(made, self.inputs)
         for result, wanted in zip(got.values(), self.wanted(weights), strict=True):
             assert result.shape == wanted.shape
-            assert relative_error(result, wanted) < 1e-5
+            # float16 carries eleven bits; where it is rounded on the way depends on the kernels
+            assert relative_error(result, wanted) < (2e-3 if self.halves else 1e-5)
 
 
 def _with(model: onnx.ModelProto, weights: dict[str, Array]) -> onnx.ModelProto:
@@ -104,7 +106,7 @@ def test_recovered_weights_are_the_sources_bit_for_bit(name: str) -> None:
     live.backend.close()
 
 
-@pytest.mark.parametrize("name", ["chain", "tied", "lstm"])
+@pytest.mark.parametrize("name", ["chain", "tied", "lstm", "half"])
 def test_what_only_rearranges_is_recoverable(name: str) -> None:
     live = Live(name)
     assert live.backend.recoverable == set(live.weights)

@@ -182,6 +182,18 @@ def tied() -> Case:
     return made, {"ids": np.array([3, 99, 0, 41], np.int64)}
 
 
+def half() -> Case:
+    """A float16 model, which ONNX Runtime computes in float32 between casts, large enough to be packed."""
+    r = np.random.default_rng(8)
+    nodes = [
+        n("Cast", "x", "h", to=TensorProto.FLOAT16), n("MatMul", "h w0", "a"), n("Add", "a b0", "b"),
+        n("Relu", "b", "c"), n("MatMul", "c w1", "d"), n("Cast", "d", "y", to=TensorProto.FLOAT),
+    ]  # fmt: skip
+    w = [weight(r, "w0", 64, 96), weight(r, "b0", 96), weight(r, "w1", 96, 80)]
+    halves = [onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t).astype(np.float16), t.name) for t in w]
+    return model(nodes, [("x", ["M", 64])], [("y", ["M", 80])], halves), x_of(5, 64)
+
+
 ZOO: dict[str, Callable[[], Case]] = {
     "chain": chain,
     "feed_forward": feed_forward,
@@ -192,4 +204,5 @@ ZOO: dict[str, Callable[[], Case]] = {
     "gru": lambda: recurrent("GRU", 3),
     "branches": branches,
     "tied": tied,
+    "half": half,
 }

@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 
 from onnx_refit.engine.onnxruntime.buffers import Storage
-from onnx_refit.engine.onnxruntime.packer import Packer
+from onnx_refit.engine.onnxruntime.packer import Caster, Packer
 from onnx_refit.engine.onnxruntime.packing import packing
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
 from onnx_refit.errors import EngineError
-from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, evaluate, is_whole
+from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, evaluate, is_whole, mapped
 from onnx_refit.tensors import Array, numpy_dtype
 
+WIDE = "wide:"  # the name space of sources cast to float32
 _SPLIT = 1 << 20  # elements; larger pieces are cut so that threads share them
 _PACKED = 1 << 12  # elements; smaller blocked matrices are written by NumPy
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
@@ -45,13 +46,18 @@ class _Source:
 class _Writer:
     """Writes one engine weight."""
 
-    __slots__ = ("_items", "_pack", "_pieces", "_recipe", "_whole", "size")
+    __slots__ = ("_items", "_pack", "_pieces", "_recipe", "_whole", "size", "widened")
 
     def __init__(self, recipe: Recipe, dtypes: Mapping[str, np.dtype[np.generic]], block: int) -> None:
+        widened = {n: WIDE + n for n in recipe.sources if _is_widened(dtypes[n], recipe)}
+        recipe = mapped(recipe, widened)
+        self.widened = frozenset(widened)
+        dtypes = {**dtypes, **dict.fromkeys(widened.values(), np.dtype(np.float32))}
         self._recipe = recipe
         self._whole = is_whole(recipe)
         self._pieces = [part for piece in recipe.pieces for part in _cut(piece)]
-        packed = packing(recipe, block) if recipe.spec.size >= _PACKED else None
+        single = all(dtypes[name] == np.float32 for name in recipe.sources)
+        packed = packing(recipe, block) if single and recipe.spec.size >= _PACKED else None
         self._pack = [] if packed is None else list(packed.parts(block, _SPLIT))
         self._items = [
             tuple(
@@ -97,6 +103,11 @@ class _Writer:
                 made.append((view.size, np.multiply, (reads[0], reads[1], view)))
         gathers = self._recipe.gathers
         return [*made, *((16 * g.to.size, _gather, (g, tensors[g.source], storage.flat)) for g in gathers)]
+
+
+def _is_widened(dtype: np.dtype[np.generic], recipe: Recipe) -> bool:
+    """Whether a source is read as float32 by ONNX Runtime's cast: NumPy's takes nine times a copy."""
+    return recipe.spec.dtype == "float32" and dtype == np.float16 and recipe.spec.size >= _PACKED
 
 
 def _gather(gather: Gather, source: Array, target: Array) -> None:
@@ -159,6 +170,7 @@ class Deriver:
                 self._readers.setdefault(source, set()).add(name)
         self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive") if threads > 1 else None
         self._threads = threads
+        self._caster: Caster | None = None
 
     def _closure(self, recipe: Recipe) -> frozenset[str]:
         """Every tensor the recipe needs, through staged ones."""
@@ -202,12 +214,20 @@ class Deriver:
             for name, recipe in self._staged.items():
                 if name in needed:
                     tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
+            for name in sorted({wide for target in targets for wide in self._writers[target].widened}):
+                tensors[WIDE + name] = self._widen(tensors[name])
             tasks: list[_Task] = []
             for name, storage in targets.items():
                 tasks += self._writers[name].tasks(tensors, storage, self._packer)
         except KeyError as error:
             raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
         self._run(tasks)
+
+    def _widen(self, flat: Array) -> Array:
+        """A float16 tensor as float32."""
+        if self._caster is None:
+            self._caster = Caster(self._threads)
+        return self._caster.widen(flat)
 
     def _needs(self, targets: Mapping[str, Storage]) -> Mapping[str, str]:
         """Every tensor that these engine weights need -> its name without the name space."""

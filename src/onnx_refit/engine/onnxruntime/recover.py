@@ -36,7 +36,7 @@ class Recoverer:
     def _add(self, name: str, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> None:
         for source in recipe.sources:
             spec = specs.get(source)
-            if spec is None or source in self._inverses or spec.dtype != recipe.spec.dtype:
+            if spec is None or source in self._inverses or not _exact(spec.dtype, recipe.spec.dtype):
                 continue
             inverse = _inverse(name, recipe, source, spec)
             if inverse is not None:
@@ -58,6 +58,11 @@ class Recoverer:
         out = np.empty(recipe.spec.size, numpy_dtype(recipe.spec.dtype))
         fill(recipe, fetch, out)
         return out.reshape(recipe.spec.static_shape)
+
+
+def _exact(source: str, engine: str) -> bool:
+    """Whether values of the source's dtype survive the cast to the engine's dtype and back (NaN payloads aside)."""
+    return source == engine or (source, engine) in {("float16", "float32"), ("bfloat16", "float32")}
 
 
 def _inverse(name: str, recipe: Recipe, source: str, spec: TensorSpec) -> Recipe | None:
