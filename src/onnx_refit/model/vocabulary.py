@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,18 @@ class VocabularyMap:
         """
         array = np.asarray(array)
         flat = self._elements(array)
-        table, default = self._table, self.default
         out = np.empty(len(flat), numpy_dtype(self.value_dtype))
-        out[:] = [table.get(key, default) for key in flat]
+        out[:] = list(map(self._table.get, flat, repeat(self.default)))
         return out.reshape(array.shape)
 
     def _elements(self, array: Array) -> Sequence[Scalar]:
         if self.key_dtype == "string":
             if array.dtype.kind not in "OUS":
                 raise InputError(f"expected strings, got {array.dtype}", where=self.input)
-            return [_text(element, self.input) for element in array.ravel().tolist()]
+            texts: list[Scalar] = array.ravel().tolist()
+            if set(map(type, texts)) <= {str}:
+                return texts
+            return [_text(element, self.input) for element in texts]
         if array.dtype.kind in "OUS" or dtype_name(array.dtype) != self.key_dtype:
             raise InputError(f"expected {self.key_dtype}, got {array.dtype}", where=self.input)
         elements: list[Scalar] = array.ravel().tolist()
