@@ -71,7 +71,7 @@ def slow(scale: float) -> onnx.ModelProto:
         ],
     )
     nodes = [
-        helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.float32(1), "one")),
+        helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.array(1, np.float32), "one")),
         helper.make_node("Constant", [], ["go0"], value=numpy_helper.from_array(np.array(True), "go")),
         helper.make_node("Add", ["x", "b"], ["xb"]),
         helper.make_node("Loop", ["n", "go0", "xb"], ["y"], body=counter),

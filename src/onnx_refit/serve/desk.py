@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from onnx_refit.errors import CanaryError, OnnxRefitError, RefitError, RefitRejectedError, VersionError
@@ -314,7 +315,8 @@ def _report_json(report: RefitReport) -> dict[str, Any]:
 def _version_json(info: VersionInfo) -> dict[str, Any]:
     return {
         "number": info.number,
-        "source": info.source,
+        # A file of the server's is shown without where it lies.
+        "source": Path(info.source).name if info.source.startswith("/") else info.source,
         "parent": info.parent,
         "changed": None if info.changed is None else len(info.changed),
         "committed": info.committed.isoformat(),

@@ -37,7 +37,7 @@ seen["answers"] = [
     infer(timeout=10_000_000),
     infer(compression_algorithm="gzip"),
 ]
-done: queue.Queue[tuple] = queue.Queue()
+done: queue.Queue[tuple[object, ...]] = queue.Queue()
 for _ in range(8):
     client.async_infer("affine", [tensor], lambda result, error: done.put((result, error)))
 seen["async"] = [one[1] is None and one[0].as_numpy("y").tolist() == expected for one in (done.get() for _ in range(8))]

@@ -1,0 +1,149 @@
+"""The console in a real headless Chromium: by mouse, by keyboard alone, on a phone. Screenshots go to $SCREENSHOTS."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("uvicorn")
+playwright = pytest.importorskip("playwright.sync_api")
+from onnx_refit.serve.client import RefitClient  # noqa: E402
+from tests.serve.conftest import TOKEN  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.serve, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def running(start, plan):
+    return start(plan, "--keep", "4", "--no-access-log")
+
+
+@pytest.fixture
+def opened(browser, running):
+    """Open the page with the token given; every request to elsewhere and every error on the page fails the test."""
+    problems, contexts = [], []
+
+    def opened(**options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda line: problems.append(line.text) if "Content Security Policy" in line.text else None)
+        page.on("request", lambda asked: asked.url.startswith((running.url, "data:")) or problems.append(asked.url))
+        page.goto(running.url + "/")
+        page.get_by_label("Token", exact=True).fill(TOKEN)
+        page.get_by_role("button", name="Use").click()
+        playwright.expect(page.locator("#state")).to_contain_text("answers")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+def shot(page, name):
+    directory = os.environ.get("SCREENSHOTS")
+    if directory:
+        page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)
+
+
+def test_the_whole_way_by_mouse(running, opened, weights):
+    page = opened(viewport={"width": 1280, "height": 900})
+    page.locator("#file").set_input_files(weights(2))
+    page.get_by_role("button", name="Upload and stage").click()
+    playwright.expect(page.locator("#message")).to_contain_text("Staged")
+    page.get_by_text("Check report").click()
+    playwright.expect(page.locator("#staged td").first).to_have_text("w")
+    for _ in range(30):
+        running.infer()
+    shot(page, "staged")
+    page.get_by_role("button", name="Commit").click()
+    playwright.expect(page.get_by_role("dialog")).to_contain_text("scale2.safetensors")
+    shot(page, "confirm")
+    page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+    assert running.infer() == (1.0, 1), "cancelled must mean not done"
+    page.get_by_role("button", name="Commit").click()
+    page.get_by_role("dialog").get_by_role("button", name="Commit").click()
+    playwright.expect(page.locator("#message")).to_contain_text("Version 2 answers now (it was 1)")
+    assert running.infer() == (2.0, 2)
+    page.get_by_role("button", name="Compare").click()
+    playwright.expect(page.locator("#layers li")).to_have_count(2)
+    playwright.expect(page.locator("#layers")).to_contain_text("1.00")
+    playwright.expect(page.locator("#events")).to_contain_text("committed: version 2")
+    playwright.expect(page.locator("#figures")).to_contain_text("requests/s")
+    shot(page, "committed")
+    page.get_by_role("button", name="Roll back to version 1").click()
+    page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
+    playwright.expect(page.locator("li.now")).to_contain_text("v1")
+    assert running.infer() == (1.0, 1)
+
+
+def test_rejected_weights_show_their_report(opened, tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros((3, 4), np.float32), "bias": np.zeros(4, np.float32)}, tmp_path / "bad.safetensors")
+    page = opened()
+    page.locator("#file").set_input_files(tmp_path / "bad.safetensors")
+    page.get_by_role("button", name="Upload and stage").click()
+    playwright.expect(page.locator("#message")).to_have_class("bad")
+    playwright.expect(page.locator("#staged")).to_contain_text("rejected")
+    playwright.expect(page.locator("#staged")).to_contain_text("nearest: bias")
+    shot(page, "rejected")
+
+
+def test_by_keyboard_alone_on_a_phone(running, opened, weights):
+    RefitClient(running.url, TOKEN).stage("affine", weights(3), label="epoch 3")
+    page = opened(viewport={"width": 375, "height": 740}, is_mobile=True, has_touch=True, device_scale_factor=2)
+    playwright.expect(page.get_by_role("button", name="Commit")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    small = page.evaluate(
+        "[...document.querySelectorAll('button, select')].filter(b => b.offsetParent && b.offsetHeight < 38).length"
+    )
+    assert small == 0, "a finger needs more room"
+    shot(page, "phone")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.textContent") == "Commit":
+            break
+    else:
+        raise AssertionError("the keyboard does not reach the commit")
+    page.keyboard.press("Enter")
+    playwright.expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    assert running.infer() == (1.0, 1)
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#message")).to_contain_text("Version 2 answers now")
+    assert running.infer() == (3.0, 2)
+
+
+def test_without_a_token_nothing_of_the_weights_shows(browser, running):
+    page = browser.new_page()
+    page.goto(running.url + "/")
+    playwright.expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#state")).to_contain_text("token")
+    assert page.locator("#versions li").count() == 0
+    page.close()
+
+
+def test_the_page_may_run_nothing_else(running):
+    status, headers, content = running.ask("GET", "/", token=None, raw=True)
+    assert status == 200
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert "unsafe" not in headers["content-security-policy"]
+    assert not re.search(rb"(src|href)=\"?https?:", content)
