@@ -29,6 +29,7 @@ from benchmarks import gpu_peers
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import machine, once, race, ratio
 from onnx_refit.engine.cuda.backend import CudaBackend
+from onnx_refit.engine.cuda.choice import candidates
 from onnx_refit.engine.cuda.create import create
 from onnx_refit.engine.cuda.options import CudaOptions, Precision, Recurrent
 from onnx_refit.errors import OnnxRefitError
@@ -67,8 +68,11 @@ class Measured:
         self.nbytes = sum(array.nbytes for array in self.weights.values())
 
     def backend(self, **options: Any) -> CudaBackend:
-        """A backend of ours that records at once."""
-        return CudaBackend(self.compiled, self.device, CudaOptions(devices=(self.device,), graph_after=1, **options))
+        """A backend of ours that records at once, by the way asked for and not by measurement."""
+        chosen = CudaOptions(devices=(self.device,), graph_after=1, **options)
+        ways = candidates(self.compiled, self.device, chosen)
+        runner = "inductor" if chosen.inductor else "torch"
+        return CudaBackend(self.compiled, self.device, chosen, next(way for way in ways if way.runner == runner))
 
     def feeds(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs in the declared dtypes."""
@@ -86,6 +90,8 @@ class Measured:
             variants["ours, library recurrence"] = {"recurrent": Recurrent.LIBRARY}
         else:
             variants["ours, bf16"] = {"precision": Precision.BF16}
+            if not self.quick:
+                variants["ours, Inductor"] = {"inductor": True}
         wanted = reference(self.model, feeds)
         errors = {}
         for name, options in variants.items():

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import onnx_refit  # noqa: E402
 from onnx_refit.engine.cuda import choice as choices  # noqa: E402
+from onnx_refit.engine.cuda import inductor  # noqa: E402
 from onnx_refit.engine.cuda.backend import CudaBackend  # noqa: E402
 from onnx_refit.engine.cuda.choice import Choice, candidates, fastest, here, unpack  # noqa: E402
 from onnx_refit.engine.cuda.create import choose, create, typical_input  # noqa: E402
@@ -24,6 +25,7 @@ from onnx_refit.tensors import TensorSpec  # noqa: E402
 
 from .models import mlp, random_like, weight  # noqa: E402
 from .test_backend import rows, same, wanted  # noqa: E402
+from .test_recurrent import model as recurrent_model  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -71,6 +73,28 @@ def test_every_way_gives_the_same_answers() -> None:
         backend = CudaBackend(compilation.compiled, "cpu", CPU, way)
         for values in (weights, random_like(weights, 1)):
             assert same(backend.run(backend.derive(values), x)["y"], wanted(mlp(), values, x)[0])
+
+
+def test_traced_networks_see_new_weights_and_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchInductor's way with PyTorch's plain back end in place of its code generator."""
+    monkeypatch.setattr(inductor, "COMPILER", "aot_eager")
+    compilation = compile_model(mlp())
+    options = CudaOptions(devices=("cpu",), inductor=True, graph_after=1)
+    way = next(way for way in candidates(compilation.compiled, "cpu", options) if way.runner == "inductor")
+    backend = CudaBackend(compilation.compiled, "cpu", options, way)
+    weights = {name: np.array(array) for name, array in compilation.weights.items()}
+    for values in (weights, random_like(weights, 1)):
+        held = backend.derive(values)
+        for count in (3, 5):
+            x = rows(count)
+            assert same(backend.run(held, x)["y"], wanted(mlp(), values, x)[0])
+    assert len(backend.runner.recordings) == 2
+
+
+def test_recurrent_networks_are_not_traced() -> None:
+    proto, _ = recurrent_model("LSTM", "forward", ("b",))
+    ways = candidates(compile_model(proto).compiled, "cpu", CudaOptions(devices=("cpu",), inductor=True))
+    assert "inductor" not in [way.runner for way in ways]
 
 
 def test_the_fastest_is_taken_and_what_fails_is_left_out() -> None:

@@ -187,7 +187,10 @@ def fake_bindings(control: Control, *, version: str = "11.3.0", name: str = "ten
 
     class OnnxParser:
         def __init__(self, network: Network, logger: Any) -> None:
-            self.network, self.num_errors = network, 0
+            self.network, self.num_errors, self.num_subgraphs = network, 0, 0
+
+        def supports_model_v2(self, model: bytes, path: str | None = None) -> bool:
+            return True
 
         def load_model_proto(self, model: bytes) -> bool:
             self.network.model.ParseFromString(model)

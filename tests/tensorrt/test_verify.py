@@ -42,9 +42,9 @@ def verdicts(path: Path) -> dict[str, str]:
 def test_every_step_goes_well_where_tensorrt_does_what_it_promises(script: ModuleType, tmp_path: Path) -> None:
     code = script.main(["--json", str(tmp_path / "report.json")], trained=False)
     found = verdicts(tmp_path / "report.json")
-    assert found.pop("parse") == "failed"  # the fake has no node-by-node answers
     assert set(found.values()) == {"ok"}, (tmp_path / "report.json").read_text()
-    assert code == 1
+    assert len(found) == 9
+    assert code == 0
 
 
 def test_a_refit_that_fails_is_reported(script: ModuleType, tmp_path: Path) -> None:

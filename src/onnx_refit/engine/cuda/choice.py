@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from onnx_refit.engine.cuda import ortnetwork, persistent
+from onnx_refit.engine.cuda.inductor import InductorNetwork
 from onnx_refit.engine.cuda.lowering.program import Lowered
 from onnx_refit.engine.cuda.options import CudaOptions, Precision, Recurrent
 from onnx_refit.engine.cuda.torchlib import real_dtype
@@ -19,7 +20,7 @@ from onnx_refit.errors import EngineError, UnsupportedModelError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 
 Network = Any
-"""A ``Lowered`` or an ``OrtNetwork``: the same interface."""
+"""A ``Lowered``, an ``InductorNetwork`` or an ``OrtNetwork``: the same interface."""
 
 _VERSION = 1
 
@@ -29,7 +30,7 @@ class Choice:
     """How a network runs.
 
     Attributes:
-        runner: ``"torch"`` or ``"onnxruntime"``.
+        runner: ``"torch"``, ``"inductor"`` or ``"onnxruntime"``.
         recurrent: how recurrent layers run, a value of ``Recurrent``.
         here: what it was measured on: GPU, PyTorch, precision.
         microseconds: what each candidate took; empty where there was only one.
@@ -61,7 +62,8 @@ def here(device: str, options: CudaOptions) -> str:
     """What a measurement depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     kernels = "with persistent kernels" if persistent.available() else "without persistent kernels"
-    return f"{name}, torch {torch.__version__}, {options.precision.value}, {kernels}"
+    tried = "with" if options.inductor else "without"
+    return f"{name}, torch {torch.__version__}, {options.precision.value}, {kernels}, {tried} TorchInductor"
 
 
 def unpack(artefact: bytes | None, place: str) -> Choice | None:
@@ -80,7 +82,10 @@ def make_network(compiled: CompiledModel, device: str, options: CudaOptions, cho
     """The network of a choice; UnsupportedModelError where it cannot run it."""
     if choice.runner == "onnxruntime":
         return ortnetwork.OrtNetwork(compiled, device, tf32=options.precision is Precision.TF32)
-    return Lowered(compiled.activation, device, real_dtype(torch, options.precision), recurrent=choice.recurrent)
+    lowered = Lowered(compiled.activation, device, real_dtype(torch, options.precision), recurrent=choice.recurrent)
+    if choice.runner == "inductor":
+        return InductorNetwork(lowered, frozenset(node.op_type for node in compiled.activation.graph.node))
+    return lowered
 
 
 def candidates(compiled: CompiledModel, device: str, options: CudaOptions) -> list[Choice]:
@@ -95,6 +100,8 @@ def candidates(compiled: CompiledModel, device: str, options: CudaOptions) -> li
     kernels = device.startswith("cuda") and persistent.available()
     if options.recurrent is Recurrent.AUTO and kernels and operators & {"LSTM", "GRU"}:
         ways.append(Choice("torch", Recurrent.LIBRARY.value, place, {}))
+    if options.inductor:
+        ways.append(Choice("inductor", options.recurrent.value, place, {}))
     if options.precision in (Precision.FP32, Precision.TF32) and ortnetwork.available(device):
         ways.append(Choice("onnxruntime", Recurrent.AUTO.value, place, {}))
     able, refusals = [], []

@@ -39,6 +39,8 @@ class CudaOptions:
         graph_memory: bytes that recorded graphs may take; the least recently used are dropped.
         buckets: dimension name -> sizes to round up to, for dimensions along which rows do not influence each other
             (a batch). Whether they do is tried at the first use of each size, and padding is left off where they do.
+        inductor: also try TorchInductor, which compiles for seconds to minutes at the second request of each new
+            shape, and other requests wait meanwhile: for models with few shapes.
         measure: time the ways to run a network once, where there are several, and keep the choice in the plan.
         typical: dimension name -> size to measure at; dimensions not named here are measured at 32.
         chunk: bytes of each of the two pinned buffers through which host weights go to the device.
@@ -51,6 +53,7 @@ class CudaOptions:
     graph_after: int = 2
     graph_memory: int = 2 << 30
     buckets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inductor: bool = False
     measure: bool = True
     typical: Mapping[str, int] = field(default_factory=dict)
     chunk: int = 32 << 20
