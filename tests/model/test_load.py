@@ -1,12 +1,14 @@
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from onnx_refit.errors import ModelError, UnsupportedModelError
 from onnx_refit.model.load import load_model
-from tests.model.builders import model, node
+from onnx_refit.model.prepare import prepare
+from tests.model.builders import model, node, operators
 
 SHAPE = ("float32", [2, 3])
 
@@ -154,6 +156,34 @@ def test_external_data(tmp_path):
     np.testing.assert_array_equal(array, np.arange(3000, dtype=np.float32))
     left = load_model(path, load_external_data=False)
     assert left.graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
+
+
+def test_small_external_tensors_are_read_in_any_case(tmp_path):
+    path = tmp_path / "m.onnx"
+    weights = {"shape": np.array([-1]), "w": np.ones(3000, np.float32)}
+    nodes = [node("Add", ["x", "w"], ["a"]), node("Reshape", ["a", "shape"], ["y"])]
+    proto = model(nodes, {"x": ("float32", [2, 3000])}, {"y": ("float32", ["n"])}, weights)
+    onnx.save(proto, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    shape, w = load_model(path, load_external_data=False).graph.initializer
+    assert onnx.numpy_helper.to_array(shape).tolist() == [-1]
+    assert w.data_location == onnx.TensorProto.EXTERNAL
+    assert onnx.load(path, load_external_data=False).graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
+
+
+def test_a_model_with_external_data_can_be_prepared(tmp_path):
+    """A Compress by a condition that lies in another file, too large to be read with the model."""
+    path = tmp_path / "m.onnx"
+    weights = {"c": np.arange(3000) % 2 == 0, "w": np.ones(3000, np.float32)}
+    nodes = [node("Add", ["x", "w"], ["a"]), node("Compress", ["a", "c"], ["y"], axis=0)]
+    proto = model(nodes, {"x": ("float32", [3000])}, {"y": ("float32", ["n"])}, weights)
+    onnx.save(proto, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    prepared = prepare(load_model(path, load_external_data=False))
+    assert "Compress" not in operators(prepared.model)
+    made = tmp_path / "prepared.onnx"
+    made.write_bytes(prepared.model.SerializeToString())
+    session = onnxruntime.InferenceSession(made)
+    (got,) = session.run(None, {"x": np.arange(3000, dtype=np.float32)})
+    np.testing.assert_array_equal(got, np.arange(0, 3000, 2) + 1)
 
 
 def test_external_data_missing(tmp_path):

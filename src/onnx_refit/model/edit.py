@@ -118,14 +118,16 @@ def prune_upwards(graph: GraphProto, names: Iterable[str]) -> list[NodeProto]:
 def constant_of(graphs: Sequence[GraphProto], name: str) -> Array | None:
     """The value of an initializer or Constant node, looked up in these graphs; None for anything else.
 
-    Graph inputs of older models may have an initializer as a mere default: those are no constants.
+    None too for an initializer whose values lie in a file of their own. Graph inputs of older models may have an
+    initializer as a mere default: those are no constants.
     """
     for graph in graphs:
         if name in {value.name for value in graph.input}:
             return None
         for tensor in graph.initializer:
             if tensor.name == name:
-                return onnx.numpy_helper.to_array(tensor)
+                external = tensor.data_location == onnx.TensorProto.EXTERNAL
+                return None if external else onnx.numpy_helper.to_array(tensor)
         for node in graph.node:
             if name in node.output:
                 return constant_value(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -10,12 +11,15 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from onnx_refit.errors import ModelError, UnsupportedModelError
 from onnx_refit.model.graph import all_graphs, opset
 
 _STANDARD = ("", "ai.onnx")
 _MAX_PROTOBUF = 2**31 - 1
+_SMALL = 256
+"""Elements of a tensor that is read from external data in any case, as passes and shape inference may need it."""
 
 
 def load_model(
@@ -27,7 +31,7 @@ def load_model(
         source: a file, or a model already in memory (checked and returned as it is).
         load_external_data: read weights that lie in files of their own. Where the whole model would be larger than
             the 2 GB a protobuf can be, they stay where they are in any case (``data_location`` says so); that they
-            are there is checked.
+            are there is checked. Small ones (shapes, axes, scalars) are read in any case.
         check: run the ONNX checker too.
 
     Raises:
@@ -52,9 +56,20 @@ def load_model(
     size = len(data) + _check_external(model, path)
     if check:
         check_model(model, path)
-    if load_external_data and size <= _MAX_PROTOBUF:
-        onnx.load_external_data_for_model(model, str(path.parent))
+    everything = load_external_data and size <= _MAX_PROTOBUF
+    for tensor in external_tensors(model):
+        if everything or math.prod(tensor.dims) <= _SMALL:
+            _read_external(tensor, path)
     return model
+
+
+def _read_external(tensor: TensorProto, path: Path) -> None:
+    try:
+        load_external_data_for_tensor(tensor, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"the external data of {tensor.name} cannot be read: {error}", where=path) from error
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
 
 
 def _read(path: Path) -> bytes:
