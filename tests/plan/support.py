@@ -14,7 +14,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from onnx_refit.plan.compile import Compilation, CompileOptions, compile_model
 from onnx_refit.plan.compiled import CompiledModel, Verdict
-from onnx_refit.plan.evaluate import evaluate
+from onnx_refit.plan.evaluate import evaluate, ort_value
 from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype
 
 node = helper.make_node
@@ -73,7 +73,11 @@ def run(proto: ModelProto, feeds: Mapping[str, Array]) -> list[Array]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(result) for result in session.run(None, dict(feeds))]
+    if any(a.dtype == object for a in feeds.values()):  # strings go in only this way
+        return [np.asarray(result) for result in session.run(None, dict(feeds))]
+    values = {name: ort_value(np.asarray(a)) for name, a in feeds.items()}  # holds what owns the memory
+    results = session.run_with_ort_values(None, {name: value for name, (value, _) in values.items()})
+    return [np.asarray(result.numpy()) for result in results]
 
 
 def run_compiled(compiled: CompiledModel, weights: Mapping[str, Array], feeds: Mapping[str, Array]) -> list[Array]:

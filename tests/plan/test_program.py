@@ -12,7 +12,7 @@ from onnx_refit.model.graph import Names
 from onnx_refit.plan.compile import compile_model
 from onnx_refit.plan.evaluate import affected, evaluate, required, run_model, select
 from onnx_refit.plan.program import NotStaticError, ProgramBuilder
-from onnx_refit.tensors import TensorSpec
+from onnx_refit.tensors import TensorSpec, numpy_dtype
 from tests.plan.support import array, model, node
 
 
@@ -78,6 +78,9 @@ def test_shapes_that_depend_on_values_are_refused() -> None:
         made.push(node("NoSuchOperator", ["a"], ["i"]))
     with pytest.raises(NotStaticError):
         made.push(node("MatMul", ["a", "a"], ["i"]))
+    four_bits = builder(19, a=("int4", (2, 3)))
+    with pytest.raises(NotStaticError):  # Transpose knows int4 since 21
+        four_bits.push(node("Transpose", ["a"], ["t"]))
     assert not made.nodes
 
 
@@ -98,18 +101,16 @@ def test_integer_expressions_of_constants_are_computed_for_shape_inference() -> 
     np.testing.assert_array_equal(evaluate(program, weights)["r"], weights["a"].reshape(6, 2))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int8", "uint8", "int64", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float64", "int8", "uint8", "int64", "bool", "int4", "uint4"]
+)
 def test_every_dtype_goes_in_and_comes_out(dtype: str) -> None:
-    made = builder(a=(dtype, (2, 3)))
+    made = builder(23, a=(dtype, (2, 3)))
     made.push(node("Transpose", ["a"], ["t"], perm=[1, 0]))
-    weights = {"a": (np.arange(6).reshape(2, 3) % 2).astype(made_dtype(dtype))}
+    weights = {"a": (np.arange(6).reshape(2, 3) % 2).astype(numpy_dtype(dtype))}
     derived = evaluate(made.finish({"t": "t"}), weights)["t"]
     assert derived.dtype == weights["a"].dtype
     np.testing.assert_array_equal(derived, weights["a"].T)
-
-
-def made_dtype(name: str) -> np.dtype[np.generic]:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def test_operators_without_a_kernel_run_in_the_reference_evaluator() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -558,3 +559,31 @@ def test_both_spellings_of_the_default_domain() -> None:
         {"w": array(1, 4, 4)},
     )
     assert [n.op_type for n in check(proto, {"x": X}).compiled.activation.graph.node] == ["MatMul"]
+
+
+def test_four_bit_weights_are_sources() -> None:
+    """DequantizeLinear-21 of int4, which is one element a byte in NumPy and half of one in ONNX Runtime."""
+    weights: dict[str, Array] = {
+        "w": (np.arange(32).reshape(8, 4) % 15 - 7).astype(ml_dtypes.int4),
+        "s": np.linspace(0.1, 0.2, 4, dtype=np.float32),
+    }
+    nodes = [node("DequantizeLinear", ["w", "s"], ["d"], axis=1), node("MatMul", ["x", "d"], ["y"])]
+    compilation = check(model(nodes, {"x": [3, 8]}, {"y": [3, 4]}, weights, 21), {"x": array(0, 3, 8)})
+    assert {s.spec.name: s.spec.dtype for s in compilation.compiled.sources} == {"w": "int4", "s": "float32"}
+    np.testing.assert_array_equal(compilation.weights["w"], weights["w"])
+    assert [n.op_type for n in compilation.compiled.activation.graph.node] == ["DequantizeLinear", "MatMul"]
+
+
+def test_blocks_of_four_bits_are_sources() -> None:
+    weights: dict[str, Array] = {
+        "b": np.random.default_rng(0).integers(0, 256, (8, 1, 16)).astype(np.uint8),
+        "s": np.linspace(0.1, 0.2, 8, dtype=np.float32),
+    }
+    proto = model(
+        [node("MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft", K=32, N=8, bits=4, block_size=32)],
+        {"x": [3, 32]},
+        {"y": [3, 8]},
+        weights,
+        contrib=True,
+    )
+    assert source_names(check(proto, {"x": array(0, 3, 32)}).compiled) == {"b", "s"}

@@ -19,7 +19,14 @@ from onnx_refit.plan.compiled import RefitProgram
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, onnx_dtype, spec_of, spec_of_value_info, value_info_of
 
 # Dtypes that ONNX Runtime's Python binding takes only as the bytes of another one.
-_CARRIERS = {"bfloat16": np.uint16, "float8e4m3fn": np.uint8, "float8e5m2": np.uint8}
+_CARRIERS: dict[str, type[np.generic]] = {
+    "bfloat16": np.uint16,
+    "float8e4m3fn": np.uint8,
+    "float8e5m2": np.uint8,
+    "int4": np.uint8,
+    "uint4": np.uint8,
+}
+_PACKED = {"int4", "uint4"}
 
 
 def affected(program: RefitProgram, changed: Collection[str]) -> frozenset[str]:
@@ -119,22 +126,52 @@ def _session(model: ModelProto) -> ort.InferenceSession:
 def _run_session(
     session: ort.InferenceSession, inputs: Iterable[str], outputs: Iterable[TensorSpec], feeds: Mapping[str, Array]
 ) -> dict[str, Array]:
-    binding, results = session.io_binding(), {}
+    binding, owners, results = session.io_binding(), [], {}
     for name in inputs:
-        binding.bind_ortvalue_input(name, _ort_value(np.asarray(feeds[name], order="C")))
+        value, owner = ort_value(feeds[name])
+        owners.append(owner)
+        binding.bind_ortvalue_input(name, value)
     for spec in outputs:
-        results[spec.name] = np.empty(spec.static_shape, numpy_dtype(spec.dtype))
-        binding.bind_ortvalue_output(spec.name, _ort_value(results[spec.name]))
+        value, owner = ort_value(np.empty(spec.static_shape, numpy_dtype(spec.dtype)))
+        results[spec.name] = owner
+        binding.bind_ortvalue_output(spec.name, value)
     session.run_with_iobinding(binding)
-    return results
+    specs = {spec.name: spec for spec in outputs}
+    return {name: _unpack(array, specs[name]) for name, array in results.items()}
 
 
-def _ort_value(array: Array) -> ort.OrtValue:
+def ort_value(array: Array) -> tuple[ort.OrtValue, Array]:
+    """An OrtValue on the memory of an array, of any dtype of this project, and the array that owns that memory.
+
+    The owner must live as long as the value. It is the array itself, or a copy where the array is not contiguous or
+    where four-bit elements, one a byte in NumPy, are packed two a byte (ONNX Runtime then reads the first half).
+    """
     spec = spec_of("", array)
+    owner = np.asarray(array, order="C")
     carrier = _CARRIERS.get(spec.dtype)
     if carrier is None:
-        return ort.OrtValue.ortvalue_from_numpy(array)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(carrier), onnx_dtype(spec.dtype))
+        return ort.OrtValue.ortvalue_from_numpy(owner), owner
+    owner = _pack(owner) if spec.dtype in _PACKED else owner
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(owner.view(carrier), onnx_dtype(spec.dtype)), owner
+
+
+def _pack(array: Array) -> Array:
+    """Four-bit elements two a byte, the first one low, in a uint8 buffer of the array's own shape."""
+    packed = np.zeros(array.shape, np.uint8)
+    nibbles = array.astype(np.uint8).reshape(-1) & 15
+    flat = packed.reshape(-1)
+    flat[: (nibbles.size + 1) // 2] = nibbles[0::2]
+    flat[: nibbles.size // 2] |= nibbles[1::2] << 4
+    return packed
+
+
+def _unpack(array: Array, spec: TensorSpec) -> Array:
+    if spec.dtype not in _PACKED:
+        return array
+    flat = array.reshape(-1).view(np.uint8)[: (spec.size + 1) // 2]
+    nibbles = np.stack([flat & 15, flat >> 4], axis=1).reshape(-1)[: spec.size].astype(np.int8)
+    signed = np.where(nibbles > 7, nibbles - 16, nibbles) if spec.dtype == "int4" else nibbles
+    return signed.astype(numpy_dtype(spec.dtype)).reshape(spec.static_shape)
 
 
 def _run_node_by_node(model: ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -126,7 +126,11 @@ class ProgramBuilder:
                 opset_imports=self.opsets,
                 ir_version=self.ir_version,
             )
-        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError) as error:
+        except (
+            onnx.defs.SchemaError,
+            onnx.shape_inference.InferenceError,
+            onnx.checker.ValidationError,
+        ) as error:
             raise NotStaticError(str(error).strip().splitlines()[0], where=node.name) from error
         specs = []
         for output in (name for name in node.output if name):
