@@ -51,16 +51,18 @@ def record(compute: Compute, inputs: Mapping[str, Tensor], device: Any) -> Recor
                 outputs[name].copy_(tensor)
 
         return Recording(inputs, outputs, again, _nbytes(inputs) + _nbytes(outputs))
-    before = torch.cuda.memory_reserved(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(3):
             compute(inputs)
     torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.empty_cache()  # as the capture does itself: only then the difference is what the recording takes
+    before = torch.cuda.memory_reserved(device)
     graph = torch.cuda.CUDAGraph()
-    # "thread_local": other threads go on allocating and uploading while this one records.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # "thread_local": other threads go on allocating and uploading while this one records. A stream of this device,
+    # because PyTorch's default for captures belongs to the device that captured first.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         recorded = dict(compute(inputs))
     taken = max(0, torch.cuda.memory_reserved(device) - before)
     return Recording(inputs, recorded, graph.replay, taken + _nbytes(inputs))

@@ -105,7 +105,7 @@ class Runner:
             outputs: Mapping[str, Tensor] = self._lowered.run({**given, **self.live.views}, moved)
             return outputs
 
-        with exact_products(torch, self._options.precision):
+        with exact_products(torch, self._options.precision, tune=True):
             return record(compute, static, self.device)
 
     def _replay(self, recording: Recording, inputs: Mapping[str, Tensor]) -> None:

@@ -39,17 +39,23 @@ _SWITCHES = threading.RLock()
 
 
 @contextmanager
-def exact_products(torch: Any, precision: Precision) -> Iterator[None]:
-    """Allow TF32 in products only if it was chosen; the switches are the process's, so they are put back."""
+def exact_products(torch: Any, precision: Precision, *, tune: bool = False) -> Iterator[None]:
+    """Allow TF32 in products only if it was chosen; the switches are the process's, so they are put back.
+
+    Args:
+        torch: the module.
+        precision: the engine's precision.
+        tune: let cuDNN time its convolutions and take the fastest, which a recording then keeps.
+    """
     wanted = precision is Precision.TF32
     with _SWITCHES:
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32, cudnn.allow_tf32 = wanted, wanted
+        before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = wanted, wanted, tune
         try:
             yield
         finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def real_dtype(torch: Any, precision: Precision) -> Any:
