@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
+from onnx_refit.errors import ModelError  # noqa: E402
 from onnx_refit.weights.names import find_names  # noqa: E402
+from onnx_refit.weights.sentinel import export_module  # noqa: E402
 from onnx_refit.weights.sources.arrays import ArraysSource  # noqa: E402
 from onnx_refit.weights.unmerge import unmerge  # noqa: E402
 from tests.weights.exports import anonymise, compare, export, randomise, state_of, weights_of  # noqa: E402
@@ -128,6 +133,10 @@ def test_every_weight_of_an_export_is_found(make: Any, options: dict[str, bool],
         assert wrong == []
         assert {name for name, _ in absent} <= found.names.fixed
         assert found.names.apply(ArraysSource(second_state)).dropped() == {}
+        recovered = found.names.recover(ArraysSource(weights_of(model)))
+        assert recovered.specs
+        for name in recovered.specs:
+            assert recovered.read(name).tobytes() == np.ascontiguousarray(first_state[name]).tobytes()
 
 
 @pytest.mark.parametrize("make", [gpt2, cnn])
@@ -138,3 +147,46 @@ def test_what_the_exporter_dropped_is_refused_later(make: Any) -> None:
     assert found.names.apply(ArraysSource(first_state)).dropped() == {}
     dropped = found.names.apply(ArraysSource(second_state)).dropped()
     assert any(name.endswith("bias") for name in dropped)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("make", [gpt2, cnn, encoder])
+def test_sentinels_leave_no_doubt_even_with_fresh_weights(make: Any, dynamo: bool) -> None:
+    if make is gpt2 and not dynamo:
+        pytest.skip("the TorchScript exporter cannot export it")
+    torch.manual_seed(0)
+    model, args = make()
+    model.train()
+    before = state_of(model)
+    exported = export_module(model, args, dynamo=dynamo)
+    assert model.training
+    assert all(before[n].tobytes() == a.tobytes() for n, a in state_of(model).items())
+    assert exported.discovery.ties == ()
+    assert exported.discovery.names.apply(ArraysSource(before)).dropped() == {}
+    _same_outputs(exported.model, model, args)
+    randomise(model, 9)  # and through the map, another state gives another export
+    view = exported.discovery.names.apply(ArraysSource(state_of(model)))
+    for tensor in exported.model.graph.initializer:
+        if tensor.name in view.specs:
+            tensor.CopyFrom(numpy_helper.from_array(view.read(tensor.name), tensor.name))
+    _same_outputs(exported.model, model, args)
+
+
+def _same_outputs(exported: Any, model: Any, args: Any) -> None:
+    session = onnxruntime.InferenceSession(exported.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {value.name: arg.numpy() for value, arg in zip(session.get_inputs(), args, strict=True)}
+    with torch.no_grad():
+        expected = model.eval()(*args).numpy()
+    np.testing.assert_allclose(session.run(None, feeds)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_said() -> None:
+    with pytest.raises(ModelError, match=r"no torch\.nn\.Module"):
+        export_module(3, ())
+
+    class Odd(nn.Module):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            raise ValueError("no way")
+
+    with pytest.raises(ModelError, match="cannot export"):
+        export_module(Odd(), (torch.zeros(1),), dynamo=False)

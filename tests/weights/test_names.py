@@ -145,7 +145,7 @@ def test_folded_batch_norm() -> None:
 def test_equal_bits_are_told_apart_by_names() -> None:
     zero, one = np.zeros(4, np.float32), np.ones(4, np.float32)
     checkpoint = {
-        f"enc.{i}.{part}": (one if part.endswith("weight") else zero)
+        f"enc.{i}.{part}": (one if part.endswith("weight") else zero).copy()
         for i in range(3)
         for part in ("ln.weight", "ln.bias", "fc.bias")
     }
@@ -212,6 +212,18 @@ def test_initial_states_and_masks_are_no_parameters() -> None:
     report, arrays = check(sources, found.names.apply(open_weights({"a": B, "bias": np.zeros(4, np.float32)})))
     assert report.ok
     assert list(arrays) == ["w"]
+
+
+def test_a_tied_tensor_is_found_under_either_of_its_names() -> None:
+    weights = {"embedding": A, "head": A.T.copy()}
+    found = find(weights, {"wte.weight": A, "lm_head.weight": A})
+    assert found.ties == ()
+    for name in ("wte.weight", "lm_head.weight"):
+        report, arrays = check(sources_of(weights), found.names.apply(open_weights({name: B})))
+        assert report.ok
+        assert report.unused == ()
+        np.testing.assert_array_equal(arrays["embedding"], B)
+        np.testing.assert_array_equal(arrays["head"], B.T)
 
 
 # ---------------------------------------------------------------- applying a map

@@ -30,7 +30,17 @@ class MappedView:
         entries, weights, shapes = names.entries, names.weights, names.shapes
         inner = source.problems if isinstance(source, NamedView) else {}
         held = source.specs.keys() | inner.keys()
-        self._parts = {name: tuple(dict.fromkeys(tensors_of(e))) for name, e in entries.items()}
+        # A tied tensor goes by another of its names where the checkpoint has it under that one only.
+        self._called = {
+            name: next((other for other in others if other in held), name)
+            for name, others in names.aliases.items()
+            if name not in held
+        }
+        self._parts = {
+            name: tuple(dict.fromkeys(self._called.get(part, part) for part in tensors_of(e)))
+            for name, e in entries.items()
+        }
+        shapes = {**shapes, **{other: shapes[name] for name, other in self._called.items()}}
         # Only names of one kind tell: a name of both kinds may mean different tensors, and then the map holds.
         known = shapes.keys() | names.ignored
         self.own_names = len((held & weights.keys()) - known) > len((held & known) - weights.keys())
@@ -48,7 +58,7 @@ class MappedView:
             elif self.own_names:
                 specs[name] = source.specs[name]
             else:
-                dtype = dtype_of(entries[name], lambda part: source.specs[part].dtype)
+                dtype = dtype_of(entries[name], lambda part: source.specs[self._called.get(part, part)].dtype)
                 specs[name] = TensorSpec(name, dtype, weights[name].shape)
         self._specs, self._problems = MappingProxyType(specs), MappingProxyType(problems)
 
@@ -84,7 +94,7 @@ class MappedView:
             raise WeightsError(f"does not give the weight {name!r}", where=self.description)
         if self.own_names:
             return self._source.read(name)
-        return evaluate(self._entries[name], self._source.read)
+        return evaluate(self._entries[name], lambda part: self._source.read(self._called.get(part, part)))
 
     def close(self) -> None:
         """Close the checkpoint."""

@@ -18,6 +18,7 @@ from onnx_refit.weights.provenance.clues import Clues
 from onnx_refit.weights.provenance.encode import expression_from_json, expression_to_json
 from onnx_refit.weights.provenance.expression import Expression, tensors_of
 from onnx_refit.weights.provenance.search import search
+from onnx_refit.weights.recover import RecoveredSource
 from onnx_refit.weights.source import WeightSource
 
 _MAX_RANK = 32
@@ -37,6 +38,8 @@ class NameMap:
             reason, so a checkpoint in which they are anything else is refused.
         fixed: weights that no checkpoint tensor explains and that have one or two values throughout, such as initial
             states of zeros and masks: they belong to the model, not to the checkpoint, and stay.
+        aliases: checkpoint tensor -> other names that its storage had (tied weights). Formats that store such a tensor
+            once keep one of the names.
     """
 
     entries: Mapping[str, Expression]
@@ -45,11 +48,30 @@ class NameMap:
     ignored: frozenset[str] = frozenset()
     neutral: Mapping[str, float] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def unmatched(self) -> tuple[str, ...]:
         """The weights that no expression gives; a checkpoint in its own names cannot refit them."""
         return tuple(name for name in self.weights if name not in self.entries and name not in self.fixed)
+
+    def recover(self, weights: WeightSource) -> RecoveredSource:
+        """The checkpoint tensors that a model's weights hold whole, by the checkpoint's names."""
+        return RecoveredSource(self, weights)
+
+    def restrict(self, weights: Collection[str]) -> NameMap:
+        """The map for some of the weights; the tensors that only the others are made of become ignored ones."""
+        entries = {name: entry for name, entry in self.entries.items() if name in weights}
+        read = {tensor for entry in entries.values() for tensor in tensors_of(entry)}
+        return NameMap(
+            entries,
+            {name: spec for name, spec in self.weights.items() if name in weights},
+            {name: shape for name, shape in self.shapes.items() if name in read},
+            self.ignored | (self.shapes.keys() - read),
+            self.neutral,
+            self.fixed & frozenset(weights),
+            {name: others for name, others in self.aliases.items() if name in read},
+        )
 
     def apply(self, source: WeightSource) -> MappedView:
         """A checkpoint seen as the weights of the model.
@@ -68,6 +90,7 @@ class NameMap:
             "ignored": sorted(self.ignored),
             "neutral": dict(self.neutral),
             "fixed": sorted(self.fixed),
+            "aliases": {name: list(others) for name, others in self.aliases.items()},
         }
 
     @classmethod
@@ -83,12 +106,13 @@ class NameMap:
             ignored = frozenset(_text(name) for name in value["ignored"])
             neutral = {_text(name): {0: 0.0, 1: 1.0}[one] for name, one in value["neutral"].items()}
             fixed = frozenset(_text(name) for name in value["fixed"])
+            aliases = {_text(name): tuple(map(_text, others)) for name, others in value["aliases"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WeightsFormatError(f"no map of names: {error!r}") from error
         read = {name for expression in entries.values() for name in tensors_of(expression)}
         if not read <= shapes.keys() or not entries.keys() | fixed <= weights.keys() or entries.keys() & fixed:
             raise WeightsFormatError("the map of names contradicts itself")
-        return cls(entries, weights, shapes, ignored, neutral, fixed)
+        return cls(entries, weights, shapes, ignored, neutral, fixed, aliases)
 
 
 @dataclass(frozen=True)
@@ -131,6 +155,7 @@ def find_names(
     entries, ties = search(weights, checkpoint, clues or Clues(tuple(weights)))
     specs = checkpoint.specs
     read = dict.fromkeys(name for expression in entries.values() for name in tensors_of(expression))
+    aliases = _aliases(checkpoint, read)
     names = NameMap(
         entries={name: entries[name] for name in weights if name in entries},
         weights={name: spec_of(name, array) for name, array in weights.items()},
@@ -138,9 +163,35 @@ def find_names(
         ignored=frozenset(specs) - read.keys(),
         neutral=_neutral(checkpoint, read),
         fixed=frozenset(n for n, a in weights.items() if n not in entries and n not in specs and _is_structure(a)),
+        aliases=aliases,
     )
     unused = tuple(n for n, spec in specs.items() if n not in read and is_floating(spec.dtype))
+    # Which name of one storage was chosen makes no difference.
+    ties = [tie for tie in ties if not _all_one(tie, aliases)]
     return Discovery(names, tuple(ties), names.unmatched, unused)
+
+
+def _aliases(checkpoint: WeightSource, read: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The other names of the tensors that share all their memory with one that is read."""
+    by_memory: dict[tuple[object, ...], list[str]] = {}
+    for name, spec in checkpoint.specs.items():
+        if spec.size > 1:
+            array = checkpoint.read(name)
+            key = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
+            by_memory.setdefault(key, []).append(name)
+    return {
+        name: tuple(other for other in names if other != name)
+        for names in by_memory.values()
+        if len(names) > 1
+        for name in names
+        if name in read
+    }
+
+
+def _all_one(tie: Tie, aliases: Mapping[str, tuple[str, ...]]) -> bool:
+    chosen = list(tensors_of(tie.chosen))
+    same = {*chosen, *(other for name in chosen for other in aliases.get(name, ()))}
+    return all(same.issuperset(tensors_of(alternative)) for alternative in tie.alternatives)
 
 
 def _neutral(checkpoint: WeightSource, read: Collection[str]) -> dict[str, float]:

@@ -174,7 +174,10 @@ class OnnxModelSource:
             if element.size != 1:
                 raise self._damaged(name, f"its value has {element.size} elements")
             # One element seen from everywhere: a model cannot take memory by naming a large shape.
-            return np.broadcast_to(element, spec.static_shape)
+            try:
+                return np.broadcast_to(element.reshape(()), spec.static_shape)
+            except ValueError as error:
+                raise self._damaged(name, error) from error
 
         yield name, _Stored(spec, read)
 
