@@ -32,15 +32,15 @@ def running(start, plan):
 @pytest.fixture
 def opened(browser, running):
     """Open the page with the token given; every request to elsewhere and every error on the page fails the test."""
-    problems, contexts = [], []
+    problems, contexts, here = [], [], (running.url, "data:")
 
     def opened(**options):
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda line: problems.append(line.text) if "Content Security Policy" in line.text else None)
-        page.on("request", lambda asked: asked.url.startswith((running.url, "data:")) or problems.append(asked.url))
+        page.on("console", lambda line: problems.extend([line.text] if "Content Security Policy" in line.text else []))
+        page.on("request", lambda asked: problems.extend([] if asked.url.startswith(here) else [asked.url]))
         page.goto(running.url + "/")
         page.get_by_label("Token", exact=True).fill(TOKEN)
         page.get_by_role("button", name="Use").click()

@@ -3,6 +3,7 @@
 import json
 import queue
 import sys
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -37,7 +38,7 @@ seen["answers"] = [
     infer(timeout=10_000_000),
     infer(compression_algorithm="gzip"),
 ]
-done: queue.Queue[tuple[object, ...]] = queue.Queue()
+done: queue.Queue[Any] = queue.Queue()
 for _ in range(8):
     client.async_infer("affine", [tensor], lambda result, error: done.put((result, error)))
 seen["async"] = [one[1] is None and one[0].as_numpy("y").tolist() == expected for one in (done.get() for _ in range(8))]

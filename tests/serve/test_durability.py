@@ -1,0 +1,103 @@
+"""A server with a store: killed at any moment, it comes back with the last version that it said was committed."""
+
+import contextlib
+import random
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("uvicorn")
+from onnx_refit.serve.client import RefitClient, ServerError
+from tests.serve.conftest import TOKEN
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.fixture
+def begin(start, plan, tmp_path):
+    def begin():
+        return start(plan, "--store", tmp_path / "deep" / "store", "--no-access-log")
+
+    return begin
+
+
+def kill(running):
+    running.process.kill()
+    running.process.wait()
+
+
+def test_what_was_committed_answers_after_kill_9(begin, weights):
+    running = begin()
+    client = RefitClient(running.url, TOKEN)
+    for scale in (2, 3):
+        client.commit("affine", client.stage("affine", weights(scale))["id"])
+    client.stage("affine", weights(4))
+    kill(running)
+    running = begin()
+    assert running.infer() == (3.0, 3)
+    client = RefitClient(running.url, TOKEN)
+    assert client.status("affine")["staged"] == [], "what was only staged is gone"
+    assert client.rollback("affine", 2)["version"] == 2, "a stored version can be rolled back to after a restart"
+    kill(running)
+    running = begin()
+    assert running.infer() == (2.0, 2)
+    client = RefitClient(running.url, TOKEN)
+    assert client.commit("affine", client.stage("affine", weights(5))["id"])["version"] == 4, "numbers are not reused"
+    assert [v["number"] for v in client.status("affine")["versions"]] == [1, 2, 3, 4]
+    client.delete("affine", 3)
+    assert running.stop() == 0
+    running = begin()
+    assert running.infer() == (5.0, 4)
+    with pytest.raises(ServerError):
+        RefitClient(running.url, TOKEN).rollback("affine", 3)
+
+
+def test_a_second_server_on_the_store_is_refused(begin):
+    running = begin()
+    with pytest.raises(AssertionError, match="StoreLockedError"):
+        begin()
+    assert running.infer() == (1.0, 1)
+
+
+def test_another_plan_on_the_store_is_refused(start, begin, tmp_path):
+    import onnx_refit
+    from tests.serve.models import affine
+
+    begin().stop()
+    other = onnx_refit.build(affine(1.0, width=6)).save(tmp_path / "affine.plan")
+    with pytest.raises(AssertionError, match="another plan"):
+        start(other, "--store", tmp_path / "deep" / "store")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kill_9_in_the_middle_of_commits(begin, weights, seed):
+    rng = random.Random(seed)
+    running = begin()
+    client = RefitClient(running.url, TOKEN, timeout=20)
+    told = [(1, 1.0)]
+
+    def commit_all_the_time():
+        with contextlib.suppress(ServerError):
+            for step in range(1000):
+                scale = 2 + step % 3
+                done = client.commit("affine", client.stage("affine", weights(scale))["id"])
+                told.append((done["version"], float(scale)))
+
+    thread = threading.Thread(target=commit_all_the_time)
+    thread.start()
+    deadline = time.monotonic() + 20
+    target = rng.randrange(2, 8)
+    while len(told) < target and time.monotonic() < deadline:
+        time.sleep(rng.random() * 0.004)
+    time.sleep(rng.random() * 0.02)
+    kill(running)
+    thread.join()
+    running = begin()
+    scale, version = running.infer()
+    last, last_scale = told[-1]
+    # The one in flight may have been written down without the client hearing of it.
+    assert version in (last, last + 1)
+    expected = last_scale if version == last else {1.0: 2.0, 2.0: 3.0, 3.0: 4.0, 4.0: 2.0}[last_scale]
+    assert scale == expected
+    assert RefitClient(running.url, TOKEN).status("affine")["version"] == version
