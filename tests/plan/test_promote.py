@@ -501,20 +501,22 @@ def test_a_mask_is_constant(low: float) -> None:
     assert "mask" in reasons(compilation.compiled, Verdict.REJECTED)["mask"]
 
 
-def test_constant_nodes_of_ones_and_zeros_are_no_parameters_but_initializers_are() -> None:
+def test_neutral_constants_of_a_group_norm_are_no_parameters_but_other_ones_and_zeros_are() -> None:
     """Exporters write GroupNormalization as InstanceNormalization by ones and zeros; a new model's bias is zero too."""
     proto = model(
         [
             node("Constant", [], ["one"], value=numpy_helper.from_array(np.ones(4, np.float32))),
             node("Constant", [], ["zero"], value=numpy_helper.from_array(np.zeros(4, np.float32))),
             node("InstanceNormalization", ["x", "one", "zero"], ["n"]),
-            node("Mul", ["n", "gain"], ["y"]),
+            node("Mul", ["n", "gain"], ["m"]),
+            node("Constant", [], ["bias"], value=numpy_helper.from_array(np.zeros((4, 1), np.float32))),
+            node("Add", ["m", "bias"], ["y"]),
         ],
         {"x": [1, 4, 9]},
         ["y"],
         {"gain": np.ones((4, 1), np.float32)},
     )
-    assert source_names(check(proto, {"x": array(0, 1, 4, 9)}).compiled) == {"gain"}
+    assert source_names(check(proto, {"x": array(0, 1, 4, 9)}).compiled) == {"gain", "bias"}
 
 
 def test_operands_of_resize_are_seen_through_casts() -> None:

@@ -85,8 +85,9 @@ class Judge:
             return "it is an initial state of zeros"
         if ends and all(node.op_type in _MASKING for node, _ in ends) and _is_mask(array):
             return "it is a mask: it holds infinities or the largest numbers of its dtype"
-        if stored.origin == "constant" and _is_neutral(array):
-            return "it is a Constant node of zeros or ones"
+        normalises = all(node.op_type == "InstanceNormalization" for node, _ in ends)
+        if stored.origin == "constant" and ends and normalises and _is_neutral(array):
+            return "it is the neutral parameter of a group normalisation: a Constant node of zeros or ones"
         return None
 
     def _ends(self, uses: Sequence[Use]) -> Iterator[Use]:
