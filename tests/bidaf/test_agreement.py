@@ -1,85 +1,103 @@
-"""PyTorch, the exported original and the prepared, refitted engine give the same answers."""
+"""The training code's network, the exported original and the prepared, refitted engine give the same answers."""
 
 import numpy as np
 import pytest
 
-from onnx_refit.model.verify import Runner
-from onnx_refit.samples.bidaf import bundle, checkpoints
-from onnx_refit.samples.bidaf.answering import best_span
-from onnx_refit.samples.bidaf.demo import dev_questions
-from onnx_refit.samples.bidaf.vocabulary import Passage, feeds
-
 torch = pytest.importorskip("torch")
-torch.set_num_threads(1)  # more would wait for the threads of ONNX Runtime at each step of an LSTM
-pytestmark = [pytest.mark.torch]
+
+from onnx_refit.model.load import load_model  # noqa: E402
+from onnx_refit.model.verify import Runner  # noqa: E402
+from onnx_refit.samples.bidaf import bundle, checkpoints  # noqa: E402
+from onnx_refit.samples.bidaf.answering import best_span  # noqa: E402
+from onnx_refit.samples.bidaf.demo import dev_questions  # noqa: E402
+from onnx_refit.samples.bidaf.export import export_model  # noqa: E402
+from onnx_refit.samples.bidaf.text import WORD_LENGTH  # noqa: E402
+from onnx_refit.samples.bidaf.training.batches import DeviceSplit, length_order  # noqa: E402
+from onnx_refit.samples.bidaf.training.corpus import Corpus, DevTexts, Split  # noqa: E402
+from onnx_refit.samples.bidaf.training.model import Bidaf  # noqa: E402
+from onnx_refit.samples.bidaf.vocabulary import Passage, feeds  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+QUESTIONS = 200
 
 
-class TorchBidaf:
-    """The network out of PyTorch's own layers, one question at a time, on the shipped weights."""
-
-    def __init__(self, weights):
-        self.w = {name: torch.from_numpy(value) for name, value in weights.items()}
-        self.lstms = {}
-        for layer, features in (("ctx_lstm", 150), ("mod1", 800), ("mod2", 200), ("end_lstm", 1400)):
-            lstm = torch.nn.LSTM(features, 100, bidirectional=True)
-            lstm.load_state_dict({name.split(".")[1]: w for name, w in self.w.items() if name.startswith(layer + ".")})
-            self.lstms[layer] = lstm
-
-    def embed(self, words, chars):
-        f, w = torch.nn.functional, self.w
-        letters = w["char_emb"][chars].transpose(1, 2)
-        features = f.relu(f.conv1d(letters, w["conv.weight"], w["conv.bias"])).amax(2)
-        x = torch.cat([features, w["word_emb"][words]], 1)
-        for layer in (0, 1):
-            transform, gate = f.linear(x, w[f"hw.{layer}.weight"], w[f"hw.{layer}.bias"]).chunk(2, 1)
-            gate = torch.sigmoid(gate)
-            x = gate * f.relu(transform) + (1 - gate) * x
-        return x
-
-    def run(self, layer, x):
-        return self.lstms[layer](x[:, None])[0][:, 0]
-
-    @torch.no_grad()
-    def __call__(self, context, question):
-        f, w = torch.nn.functional, self.w
-        h, u = self.run("ctx_lstm", self.embed(*context)), self.run("ctx_lstm", self.embed(*question))
-        w1, w2, w3 = w["att"]
-        s = (h @ w1)[:, None] + (u @ w2)[None] + (h * w3) @ u.T
-        c2q, q2c = s.softmax(1) @ u, s.amax(1).softmax(0) @ h
-        g = torch.cat([h, c2q, h * c2q, h * q2c], 1)
-        m = self.run("mod2", self.run("mod1", g))
-        start = f.linear(torch.cat([g, m], 1), w["start.weight"], w["start.bias"])[:, 0]
-        a = (start.softmax(0) @ m).expand_as(m)
-        m2 = self.run("end_lstm", torch.cat([g, m, a, m * a], 1))
-        end = f.linear(torch.cat([g, m2], 1), w["end.weight"], w["end.bias"])[:, 0]
-        return start.log_softmax(0).numpy(), end.log_softmax(0).numpy()
-
-
-def test_200_dev_questions(engine, original_model):
+def corpus_of(passages, asked, weights):
+    """The questions as the training code reads them: each question with a paragraph of its own."""
     vocabulary = bundle.bundled_vocabulary()
     words = {word: number for number, word in enumerate(vocabulary.words) if number != 1}
     chars = {char: number for number, char in enumerate(vocabulary.chars) if number != 1}
+    types: dict[str, int] = {}
 
-    def numbers(passage):
-        return (
-            torch.tensor([words.get(word, 1) for word in passage.words.ravel().tolist()]),
-            torch.tensor([[chars.get(c, 1) for c in row] for row in passage.chars[:, 0, 0].tolist()]),
-        )
+    def flat(texts):
+        numbers = [types.setdefault(token.text, len(types)) for text in texts for token in text.tokens]
+        return np.array(numbers, np.int32), np.cumsum([0, *(len(text.tokens) for text in texts)]).astype(np.int32)
 
-    network = TorchBidaf(checkpoints.load_checkpoint())
-    original = Runner(original_model)
+    contexts, context_offsets = flat(passages)
+    questions, question_offsets = flat(asked)
+    none = np.full(len(passages), -1, np.int32)
+    split = Split(
+        contexts, context_offsets, questions, question_offsets, np.arange(len(passages), dtype=np.int32), none, none
+    )
+    type_chars = np.zeros((len(types), WORD_LENGTH), np.uint8)
+    for text, number in types.items():
+        letters = [chars.get(letter, 1) for letter in text[:WORD_LENGTH]]
+        type_chars[number, : len(letters)] = letters
+    return Corpus(
+        words=list(vocabulary.words),
+        chars=list(vocabulary.chars),
+        tuned=len(vocabulary.words),
+        word_vectors=weights["word_emb"].astype(np.float16),
+        type_words=np.array([words.get(text.lower(), 1) for text in types], np.int32),
+        type_chars=type_chars,
+        train=split,
+        dev=split,
+        dev_texts=DevTexts([], none, none, [], {}),
+        notes={},
+    )
+
+
+@pytest.fixture
+def one_thread():
+    """More threads of PyTorch would wait for those of ONNX Runtime at each step of an LSTM."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_200_dev_questions(engine, tmp_path, one_thread):
+    weights = checkpoints.load_checkpoint()
+    questions = dev_questions(QUESTIONS)
+    contexts = [Passage.of(question.context) for question in questions]
+    asked = [Passage.of(question.text) for question in questions]
+    corpus = corpus_of(contexts, asked, weights)
+    network = Bidaf(corpus)
+    network.load(weights)
+    network.eval()
+    split = DeviceSplit(corpus.dev, torch.device("cpu"))
+    expected = {}
+    with torch.no_grad():
+        for examples in length_order(split.context_length, 16):
+            batch = split.batch(examples)
+            start, end = (logits.log_softmax(1).numpy() for logits in network(batch))
+            for row, example in enumerate(batch.examples):
+                length = len(contexts[example].tokens)
+                expected[int(example)] = start[row, :length], end[row, :length]
+    assert len(expected) == QUESTIONS
+
+    exported = export_model(weights, bundle.bundled_vocabulary(), tmp_path / "bidaf-original.onnx")
+    original = Runner(load_model(exported.path))
     # the engine gets there by a detour: through an early checkpoint and back
     engine.refit(bundle.checkpoint_weights(bundle.checkpoint_names()[0]))
     engine.refit(bundle.checkpoint_weights())
     disagreements = []
-    for question in dev_questions(200):
-        context, asked = Passage.of(question.context), Passage.of(question.text)
-        start, end = network(numbers(context), numbers(asked))
-        expected = best_span(start, end)[:2]
-        case = feeds(context, asked)
+    for number, (context, question) in enumerate(zip(contexts, asked, strict=True)):
+        start, end = expected[number]
+        case = feeds(context, question)
         for name, got in (("original", original.run(case)), ("engine", engine.run(case))):
-            np.testing.assert_allclose(np.exp(got["start_scores"][0]), np.exp(start), atol=2e-4)
-            np.testing.assert_allclose(np.exp(got["end_scores"][0]), np.exp(end), atol=2e-4)
-            if (int(got["start_pos"][0]), int(got["end_pos"][0])) != expected:
-                disagreements.append((name, question.id))
+            np.testing.assert_allclose(np.exp(got["start_scores"][0]), np.exp(start), atol=5e-4)
+            np.testing.assert_allclose(np.exp(got["end_scores"][0]), np.exp(end), atol=5e-4)
+            if (int(got["start_pos"][0]), int(got["end_pos"][0])) != best_span(start, end)[:2]:
+                disagreements.append((name, questions[number].id))
     assert disagreements == []

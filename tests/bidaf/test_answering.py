@@ -3,7 +3,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -60,6 +60,17 @@ def test_any_text_gives_a_span_of_the_context(shared_engine, context, question):
     assert found.probability is not None
     assert math.isfinite(found.probability)
     assert 0 <= found.probability <= 1
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(context=st.text(max_size=60), question=st.text(max_size=20))
+def test_random_text(shared_engine, context, question):
+    try:
+        found = answer(shared_engine, context, question)
+    except InputError:
+        assert not context.split() or not question.split()
+    else:
+        assert context[found.start : found.end] == found.text != ""
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t\u00a0"])

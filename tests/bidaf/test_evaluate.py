@@ -4,6 +4,7 @@ import lzma
 import pytest
 
 from onnx_refit.errors import InputError
+from onnx_refit.samples.bidaf import checkpoints
 from onnx_refit.samples.bidaf.demo import dev_questions
 from onnx_refit.samples.bidaf.evaluate import Question, evaluate, read_questions
 
@@ -86,6 +87,17 @@ def test_a_failing_engine_is_not_hidden():
 
     with pytest.raises(RuntimeError, match="no power"):
         evaluate(Failing(), [Question("1", "a", "b", ("a",))] * 9, threads=2)
+
+
+@pytest.mark.slow
+def test_the_whole_dev_set_through_the_engine(shared_engine):
+    """The score the project states is that of the ONNX model in the engine, from strings to spans."""
+    found = evaluate(shared_engine, dev_questions(), threads=2)
+    exact, overlap = checkpoints.scores()
+    assert found.score.exact_match == pytest.approx(exact, abs=0.05)
+    assert found.score.f1 == pytest.approx(overlap, abs=0.05)
+    assert found.score.exact_match > 68.1
+    assert found.score.f1 > 76.5
 
 
 def test_the_trained_model_answers_most_questions(shared_engine, questions):
