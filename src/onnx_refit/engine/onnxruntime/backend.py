@@ -30,7 +30,7 @@ def create(
 
     Args:
         compiled: the portable engine.
-        weights: source weights, where at hand: timing the forms of small layers is truer with them.
+        weights: source weights, where at hand; the engine needs none to specialise.
         options: what the user chose.
         artefact: what ``artefact()`` of an earlier backend gave; used if it was made for this very host and model.
 
