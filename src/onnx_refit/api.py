@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from onnx_refit.tensors import Array
 from onnx_refit.weights.names import find_names
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.source import WeightSource
+from onnx_refit.weights.unmerge import Split, unmerge
 
 ModelLike = str | os.PathLike[str] | onnx.ModelProto
 PlanLike = str | os.PathLike[str] | Plan
@@ -70,9 +72,27 @@ def build(
         WeightsError: the checkpoint cannot be read.
     """
     require_engine(engine)
+    with _opened(checkpoint) as source:
+        return _build(model, engine, source, options)
+
+
+@contextlib.contextmanager
+def _opened(checkpoint: WeightsLike | None) -> Iterator[WeightSource | None]:
+    """A checkpoint, closed afterwards unless it was open before."""
+    source = None if checkpoint is None else open_weights(checkpoint)
+    try:
+        yield source
+    finally:
+        if source is not None and source is not checkpoint:
+            source.close()
+
+
+def _build(model: ModelLike, engine: str, source: WeightSource | None, options: BuildOptions) -> Plan:
     proto = load_model(model, load_external_data=False)
     base_dir = None if isinstance(model, onnx.ModelProto) else Path(model).absolute().parent
-    fingerprint = model_fingerprint(proto)
+    fingerprint = model_fingerprint(model)
+    # Before anything else: an exporter that merged equal tensors kept their names in Identity nodes at best.
+    proto, splits = unmerge(proto, source, base_dir)
     prepared = prepare(proto, for_engine=engine) if options.prepare else None
     if prepared is not None:
         if prepared.blockers:
@@ -94,8 +114,10 @@ def build(
         preprocessors=() if prepared is None else prepared.preprocessors,
         postprocessors=() if prepared is None else prepared.postprocessors,
     )
-    if checkpoint is not None:
-        plan = _with_names(plan, checkpoint, proto)
+    if splits:
+        plan = _with_decisions(plan, [_split_decision(split) for split in splits])
+    if source is not None:
+        plan = _with_names(plan, source, proto)
     if options.specialise:
         backend, artefact = create_backend(
             engine, compilation.compiled, weights=compilation.weights, options=options.engine
@@ -106,14 +128,9 @@ def build(
     return plan
 
 
-def _with_names(plan: Plan, checkpoint: WeightsLike, model: onnx.ModelProto) -> Plan:
+def _with_names(plan: Plan, source: WeightSource, model: onnx.ModelProto) -> Plan:
     """The plan with the map from a checkpoint's names, and how each doubtful name was decided."""
-    source = open_weights(checkpoint)
-    try:
-        found = find_names(plan.require_weights(), source, model)
-    finally:
-        if source is not checkpoint:
-            source.close()
+    found = find_names(plan.require_weights(), source, model)
     action = f"find it in {source.description}"
     decisions = [
         *(Decision(tie.weight, action, Verdict.ACCEPTED, str(tie)) for tie in found.ties),
@@ -124,8 +141,17 @@ def _with_names(plan: Plan, checkpoint: WeightsLike, model: onnx.ModelProto) -> 
             for name in found.unmatched
         ),
     ]
+    return replace(_with_decisions(plan, decisions), names=found.names)
+
+
+def _split_decision(split: Split) -> Decision:
+    action = f"give {', '.join(split.copies)} tensors of their own instead of this shared one"
+    return Decision(split.name, action, Verdict.ACCEPTED, split.reason)
+
+
+def _with_decisions(plan: Plan, decisions: Sequence[Decision]) -> Plan:
     compiled = replace(plan.compiled, decisions=(*plan.compiled.decisions, *decisions))
-    return replace(plan, names=found.names, compiled=compiled)
+    return replace(plan, compiled=compiled)
 
 
 def load(

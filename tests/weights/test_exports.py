@@ -12,6 +12,7 @@ from onnx import numpy_helper
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
+import onnx_refit  # noqa: E402
 from onnx_refit.errors import ModelError  # noqa: E402
 from onnx_refit.weights.names import find_names  # noqa: E402
 from onnx_refit.weights.sentinel import export_module  # noqa: E402
@@ -190,3 +191,22 @@ def test_what_cannot_be_exported_is_said() -> None:
 
     with pytest.raises(ModelError, match="cannot export"):
         export_module(Odd(), (torch.zeros(1),), dynamo=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "fresh"),
+    [(bert, SCRIPT, True), (bert, DYNAMO, True), (cnn, SCRIPT, False), (cnn, DYNAMO, False), (recurrent, DYNAMO, True)],
+)
+def test_an_engine_takes_the_checkpoints_of_its_trainer(make: Any, options: dict[str, bool], fresh: bool) -> None:
+    torch.manual_seed(0)
+    model, args = make()
+    if not fresh:
+        randomise(model, 5)
+    plan = onnx_refit.build(export(model, args, **options), checkpoint=state_of(model))
+    randomise(model, 1)
+    with torch.no_grad():
+        expected = model.eval()(*args).numpy()
+    with onnx_refit.load(plan) as engine:
+        engine.refit(dict(model.state_dict()))
+        feeds = {spec.name: arg.numpy() for spec, arg in zip(engine.inputs, args, strict=True)}
+        np.testing.assert_allclose(next(iter(engine.run(feeds).values())), expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from onnx_refit.errors import ModelError
 from onnx_refit.tensors import Array, is_floating, onnx_dtype_name
 from onnx_refit.weights.provenance.bits import arrangements, signature
 from onnx_refit.weights.provenance.expression import Stored
@@ -67,7 +68,10 @@ def unmerge(
 
 
 def _floating(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_type != onnx.TensorProto.UNDEFINED and is_floating(onnx_dtype_name(tensor.data_type))
+    try:
+        return is_floating(onnx_dtype_name(tensor.data_type))
+    except ModelError:  # a type that this project lacks; whoever reads the tensor will say so
+        return False
 
 
 def _shared(model: onnx.ModelProto) -> dict[str, int]:
