@@ -209,4 +209,5 @@ def test_an_engine_takes_the_checkpoints_of_its_trainer(make: Any, options: dict
     with onnx_refit.load(plan) as engine:
         engine.refit(dict(model.state_dict()))
         feeds = {spec.name: arg.numpy() for spec, arg in zip(engine.inputs, args, strict=True)}
-        np.testing.assert_allclose(next(iter(engine.run(feeds).values())), expected, rtol=1e-4, atol=1e-5)
+        got: Any = next(iter(engine.run(feeds).values()))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
