@@ -3,6 +3,7 @@ import lzma
 
 import pytest
 
+import onnx_refit
 from onnx_refit.errors import InputError
 from onnx_refit.samples.bidaf import checkpoints
 from onnx_refit.samples.bidaf.demo import dev_questions
@@ -90,9 +91,10 @@ def test_a_failing_engine_is_not_hidden():
 
 
 @pytest.mark.slow
-def test_the_whole_dev_set_through_the_engine(shared_engine):
+def test_the_whole_dev_set_through_the_engine(sample):
     """The score the project states is that of the ONNX model in the engine, from strings to spans."""
-    found = evaluate(shared_engine, dev_questions(), threads=2)
+    with onnx_refit.load(sample.plan, options=onnx_refit.EngineOptions(threads=1)) as engine:
+        found = evaluate(engine, dev_questions(), threads=2)
     exact, overlap = checkpoints.scores()
     assert found.score.exact_match == pytest.approx(exact, abs=0.05)
     assert found.score.f1 == pytest.approx(overlap, abs=0.05)
