@@ -113,7 +113,8 @@ class Measured:
             notes["ORT CUDA"] = str(error)
         for make in makers:
             try:
-                peer = make()
+                with torch.no_grad():
+                    peer = make()
             except Exception as error:  # noqa: BLE001 - a peer that fails is a result
                 notes[getattr(make, "__name__", "peer")] = f"{type(error).__name__}: {str(error)[:300]}"
                 continue

@@ -17,6 +17,7 @@ torch.set_num_threads(1)  # the tensors are small; many threads on few cores wai
 import onnx_refit  # noqa: E402
 from onnx_refit.engine.cuda.backend import CudaBackend  # noqa: E402
 from onnx_refit.engine.cuda.create import create  # noqa: E402
+from onnx_refit.engine.cuda.graphs import Recording, Recordings  # noqa: E402
 from onnx_refit.engine.cuda.group import CudaGroup, GroupWeightSet  # noqa: E402
 from onnx_refit.engine.cuda.options import CudaOptions, Precision  # noqa: E402
 from onnx_refit.engine.registry import EngineOptions  # noqa: E402
@@ -135,6 +136,22 @@ def test_recordings_begin_at_the_second_request_and_are_dropped_by_memory() -> N
         assert same(backend.run(held, x)["y"], wanted(mlp(), weights, x)[0])
     assert len(backend.runner.recordings) == 1
     assert backend.runner.recordings.get((("x", (3, 8)),)) is not None, "the most recent one stays"
+
+
+def test_the_least_recently_used_recording_is_dropped() -> None:
+    def recording(nbytes: int) -> Recording:
+        return Recording({}, {}, lambda: None, nbytes)
+
+    held = Recordings(budget=100, after=1)
+    held.put("a", recording(40))
+    held.put("b", recording(40))
+    assert held.get("a") is not None
+    held.put("c", recording(40))
+    assert held.get("b") is None
+    assert held.get("a") is not None
+    held.put("d", recording(1000))
+    assert len(held) == 1, "one that is too large alone stays"
+    assert held.nbytes == 1000
 
 
 def test_recordings_see_new_weights() -> None:
