@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from onnx_refit.errors import ModelError, UnsupportedModelError
+from onnx_refit.model.detach import read_detached
 from onnx_refit.model.graph import all_graphs, opset
 
 _STANDARD = ("", "ai.onnx")
@@ -31,7 +32,8 @@ def load_model(
         source: a file, or a model already in memory (checked and returned as it is).
         load_external_data: read weights that lie in files of their own. Where the whole model would be larger than
             the 2 GB a protobuf can be, they stay where they are in any case (``data_location`` says so); that they
-            are there is checked. Small ones (shapes, axes, scalars) are read in any case.
+            are there is checked. Small ones (shapes, axes, scalars) are read in any case. Without it the large
+            tensors inside of the model file stay there too, marked in the same way.
         check: run the ONNX checker too.
 
     Raises:
@@ -45,15 +47,14 @@ def load_model(
             check_model(source)
         return source
     path = Path(source)
-    data = _read(path)
-    model = ModelProto()
-    try:
-        model.ParseFromString(data)
-    except DecodeError as error:
-        raise ModelError("not an ONNX model, or a damaged one", where=path) from error
+    if load_external_data:
+        model, size = _parsed(_read(path), path)
+    else:
+        _require_file(path)
+        model, size = read_detached(path), 0
     check_structure(model, path)
     check_operators(model, path)
-    size = len(data) + _check_external(model, path)
+    size += _check_external(model, path)
     if check:
         check_model(model, path)
     everything = load_external_data and size <= _MAX_PROTOBUF
@@ -72,13 +73,26 @@ def _read_external(tensor: TensorProto, path: Path) -> None:
     del tensor.external_data[:]
 
 
-def _read(path: Path) -> bytes:
+def _parsed(data: bytes, path: Path) -> tuple[ModelProto, int]:
+    model = ModelProto()
     try:
-        if path.is_dir():
-            raise ModelError("a directory, not a model file", where=path)
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError("not an ONNX model, or a damaged one", where=path) from error
+    return model, len(data)
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        raise ModelError("a directory, not a model file", where=path)
+    if not path.exists():
+        raise ModelError("no such file", where=path)
+
+
+def _read(path: Path) -> bytes:
+    _require_file(path)
+    try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ModelError("no such file", where=path) from error
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     if not data:
@@ -173,13 +187,33 @@ def _runtime_operators() -> frozenset[tuple[str, str]]:
 def check_model(model: ModelProto, path: Path | None = None) -> None:
     """ModelError with the checker's words unless the ONNX checker accepts the model."""
     try:
-        if path is not None and external_tensors(model):
-            onnx.checker.check_model(str(path))
-        elif not external_tensors(model):  # the checker looks external data up beside a path, which is not known here
-            onnx.checker.check_model(model)
+        onnx.checker.check_model(_bare(model))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         first = " ".join(str(error).strip().split("\n\n")[0].split())
         raise ModelError(f"not valid ONNX: {first}", where=path) from error
+
+
+def _bare(model: ModelProto) -> ModelProto:
+    """The model for the checker, which looks external data up: a tensor that is elsewhere becomes an empty one."""
+    if not any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(model)):
+        return model
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    for tensor in _tensors(bare):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            name, kind = tensor.name, tensor.data_type
+            tensor.Clear()
+            tensor.name, tensor.data_type = name, kind
+            tensor.dims.append(0)
+    return bare
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """All initializers, and the tensors of all Constant nodes."""
+    for graph in all_graphs(model.graph):
+        yield from graph.initializer
+        for node in graph.node:
+            yield from (attribute.t for attribute in node.attribute if attribute.HasField("t"))
 
 
 def external_tensors(model: ModelProto) -> list[TensorProto]:

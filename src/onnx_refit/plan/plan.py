@@ -13,18 +13,29 @@ from typing import Any
 from onnx import ModelProto
 
 from onnx_refit.errors import PlanError, PlanMismatchError
+from onnx_refit.files import read_error
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.tensors import Array, TensorSpec, spec_of
 from onnx_refit.weights.names import NameMap
 
 
-def model_fingerprint(model: ModelProto) -> str:
-    """Sha256 (hex) of a model: its graph, attributes and embedded weights.
+def model_fingerprint(model: ModelProto | str | os.PathLike[str]) -> str:
+    """Sha256 (hex) of a model: of the file as it stands, or of a model in memory.
 
-    External data is not read: two models that differ only there have the same fingerprint.
+    External data is not read: two models that differ only there have the same fingerprint. A file and the model read
+    from it have different ones.
+
+    Raises:
+        ReadError: the file cannot be read.
     """
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    if isinstance(model, ModelProto):
+        return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    try:
+        with Path(model).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise read_error(Path(model), error) from error
 
 
 @dataclass(frozen=True)

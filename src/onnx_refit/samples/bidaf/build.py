@@ -43,8 +43,8 @@ def get_plan(
     say(f"Reading engine from file {plan_path}")
     try:
         plan = Plan.load(plan_path)
+        plan.require_model(model_fingerprint(model_path))
         model = load_model(model_path)
-        plan.require_model(model_fingerprint(model))
         _require_same(plan, engine, _maps_of(model, model_path), plan_path)
     except PlanError as error:
         if error.hint is None or "rebuild" not in error.hint:
@@ -83,7 +83,7 @@ def _build(model_path: Path, plan_path: Path, say: Say, engine: str) -> Plan:
     for line in input_lines(model):
         say(line)
     say(f"Building an engine from file {model_path}; this may take a while...")
-    plan = replace(build(model, engine=engine), preprocessors=maps)
+    plan = replace(build(model_path, engine=engine), preprocessors=maps)
     say("Completed creating Engine")
     plan.save(plan_path)
     return plan
