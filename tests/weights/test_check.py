@@ -90,6 +90,14 @@ def test_each_refusal_has_its_reason(change: dict[str, Any], reason: RejectReaso
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_a_tensor_of_the_wrong_shape_comes_with_candidates_of_the_right_one() -> None:
+    right = MODEL["layer.0.weight"]
+    report, _ = run({**MODEL, "layer.0.weight": np.zeros((9, 9), np.float32), "ema.layer.0.weight": right})
+    assert [c.spec.name for c in report.rejected[0].candidates] == ["ema.layer.0.weight"]
+    with pytest.raises(RefitRejectedError, match=r"meant: ema.layer.0.weight: float32\[2, 3\]\?"):
+        report.raise_if_rejected()
+
+
 def test_rounding_and_non_finite_values_when_allowed() -> None:
     report, arrays = run({**MODEL, "layer.0.bias": np.array([1, 0.1, 2])}, casting=Casting.ROUND)
     assert report.ok

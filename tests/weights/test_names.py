@@ -340,6 +340,21 @@ def test_a_map_that_lies_is_refused(change: dict[str, Any]) -> None:
         NameMap.from_json({**GOOD, "entries": {"12": deep}})
 
 
+def test_a_map_whose_shapes_lie_gives_nothing() -> None:
+    for entry in (
+        {"op": "reshape", "of": "a", "shape": [24]},
+        {"op": "transpose", "of": "a", "perm": [0, 1, 2]},
+        {"op": "take", "of": "a", "axis": 0, "indices": [99]},
+        {"op": "slice", "of": "a", "axis": 7, "start": 0, "stop": 1},
+        {"op": "concat", "parts": ["a", {"op": "transpose", "of": "a", "perm": [1, 0]}], "axis": 0},
+        {"op": "reshape", "of": "a", "shape": [1 << 40]},
+    ):
+        names = NameMap.from_json({**GOOD, "entries": {"12": entry}})
+        report, arrays = check(sources_of({"12": A.T.copy()}), names.apply(open_weights({"a": A})))
+        assert [x.reason for x in report.rejected] == [RejectReason.UNREADABLE], entry
+        assert arrays == {}
+
+
 # ---------------------------------------------------------------- merged tensors
 
 

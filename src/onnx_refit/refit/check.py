@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -25,6 +25,9 @@ _CAST_REASONS = {
     CastProblem.LOSSY: RejectReason.LOSSY_CAST,
     CastProblem.OVERFLOW: RejectReason.OVERFLOW,
 }
+# What another tensor of the checkpoint may have been meant for.
+_ELSEWHERE = {RejectReason.SHAPE, RejectReason.DTYPE}
+
 _VIEW_REASONS = {
     ViewProblemKind.AMBIGUOUS: RejectReason.AMBIGUOUS,
     ViewProblemKind.SHAPE: RejectReason.SHAPE,
@@ -189,13 +192,18 @@ def _report(
 ) -> CheckReport:
     """Put the report together, with near misses on both sides."""
     left = list(unused)
-    spare = Nearest(left) if missing and left else None
+    spare = Nearest(left) if (missing or rejected) and left else None
     wanted = Nearest(missing) if missing and left else None
     return CheckReport(
         description,
         options.partial,
         tuple(accepted),
-        tuple(rejected),
+        tuple(
+            replace(r, candidates=spare.find(r.spec))
+            if spare is not None and r.reason in _ELSEWHERE and i < _LOOKED_UP
+            else r
+            for i, r in enumerate(rejected)
+        ),
         tuple(
             Missing(m.name, m, spare.find(m) if spare is not None and i < _LOOKED_UP else ())
             for i, m in enumerate(missing)

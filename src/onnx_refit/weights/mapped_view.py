@@ -94,7 +94,12 @@ class MappedView:
             raise WeightsError(f"does not give the weight {name!r}", where=self.description)
         if self.own_names:
             return self._source.read(name)
-        return evaluate(self._entries[name], lambda part: self._source.read(self._called.get(part, part)))
+        array = evaluate(self._entries[name], lambda part: self._source.read(self._called.get(part, part)))
+        if array.shape != self._specs[name].shape:  # the map came out of a file, which may lie
+            raise WeightsError(
+                f"the map gives the weight {name!r} the shape {list(array.shape)}", where=self.description
+            )
+        return array
 
     def close(self) -> None:
         """Close the checkpoint."""
