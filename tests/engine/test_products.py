@@ -17,7 +17,7 @@ from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, Walk, c_stride
 from onnx_refit.tensors import Array, TensorSpec, spec_of, value_info_of
 
 from .compiled_by_hand import relative_error
-from .zoo import model, n, weight, x_of
+from .zoo import ints, model, n, weight, x_of
 
 BLOCK = block_size()
 
@@ -177,3 +177,24 @@ def test_the_packer_writes_convolutions(shape: tuple[int, ...], scaled: bool) ->
     for begin, part in parts:
         Packer(BLOCK).pack(part, tensors.__getitem__, got[begin : begin + part.columns * rows])
     assert np.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", [(-1, 3, 20), (2, -1, 20), (0, 2, 10)])
+def test_reshapes_around_matrices_are_not_done_twice(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    weights = [weight(rng, "w", 12, 20), weight(rng, "v", 20, 36)]
+    constants = [ints("flat", -1, 12), ints("wide", *shape), ints("again", -1, 20)]
+    nodes = [n("Reshape", "x flat", "a"), n("Gemm", "a w", "b"), n("Reshape", "b wide", "y")]
+    nodes += [n("Reshape", "y again", "c"), n("Gemm", "c v", "y1")]
+    made = model(nodes, [("x", ["B", "S", 12])], [("y", None), ("y1", None)], [*weights, *constants])
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in weights}
+    inputs = onnx.ModelProto()
+    inputs.CopyFrom(made)
+    del inputs.graph.initializer[:]
+    inputs.graph.initializer.extend(constants)
+    specs = {name: spec_of(name, array) for name, array in arrays.items()}
+    inputs.graph.input.extend(value_info_of(spec) for spec in specs.values())
+    result = rewrite(inputs, specs, lambda k, columns, m: True, BLOCK)
+    reshapes = [node.op_type for node in result.model.graph.node].count("Reshape")
+    assert reshapes == (4 if 0 in shape else 3)
+    compare(result, made, arrays, x_of(2, 3, 12))

@@ -17,7 +17,7 @@ from onnx import GraphProto, NodeProto, helper
 from onnx_refit.engine.onnxruntime.blocked import blocked_matrix, padded_vector, up
 from onnx_refit.engine.onnxruntime.native import NCHWC_DOMAIN
 from onnx_refit.engine.onnxruntime.products import Finder, Prefer, Product, shapes_of
-from onnx_refit.model.graph import Names, all_graphs, captured, consumers, opset, reads
+from onnx_refit.model.graph import Names, all_graphs, captured, opset, producers, reads
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import TensorSpec, value_info_of
 
@@ -27,6 +27,9 @@ _ELEMENTWISE = frozenset(
     {"Relu", "Tanh", "Sigmoid", "Gelu", "FastGelu", "QuickGelu", "Erf", "LeakyRelu", "HardSigmoid", "HardSwish", "Elu"}
     | {"Softplus", "Neg", "Abs", "Identity", "Mish", "Selu", "Softsign", "ThresholdedRelu"}
 )
+
+
+_RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class _Rewriter:
     recipes: dict[str, Recipe] = field(default_factory=dict)
     constants: dict[str, str] = field(default_factory=dict)
     made: dict[tuple[str, str], str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # small integer constants of the main graph
     count: int = 0
 
     def ints(self, *values: int) -> str:
@@ -112,6 +116,9 @@ class _Rewriter:
         self.made[key] = recipe.spec.name
 
     def run(self) -> None:
+        for tensor in self.model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) == 1 and tensor.dims[0] <= 16:
+                self.shapes[tensor.name] = tuple(int(x) for x in onnx.numpy_helper.to_array(tensor))
         for graph in all_graphs(self.model.graph):
             shapes = {**shapes_of(self.model.graph), **shapes_of(graph)}
             products = Finder(graph, self.weights, shapes, self.prefer).find()
@@ -130,10 +137,11 @@ class _GraphRewriter:
         self._absorbed = {position for product in products for position in product.absorbed}
         self._wanted = {product.source for product in products}
         self._blocked: dict[str, _Blocked] = {}
+        self._raw: dict[str, str] = {}  # values reordered but not reshaped
         self._plain: set[str] = set()  # values that came out blocked and have been written plain too
-        self._entries: dict[tuple[str, float], _Blocked] = {}
+        self._entries: dict[tuple[str, float, int], _Blocked] = {}
         self._nodes: list[NodeProto] = []
-        self._consumers = consumers(graph)
+        self._producers = producers(graph)
         self._modern = (opset(shared.model) or 1) >= 13
         self._slices_shapes = (opset(shared.model) or 1) >= 15
 
@@ -144,14 +152,20 @@ class _GraphRewriter:
             product = self._products.get(position)
             if product is not None:
                 self._rewrite(product)
-            elif not self._kept_blocked(node):
+            elif not self._kept_blocked(node) and not self._reshaped(node):
                 for name in dict.fromkeys(reads(node)):
                     self._make_plain(name)
                 self._nodes.append(node)
         for value in self._graph.output:
             self._make_plain(value.name)
+        live = {value.name for value in self._graph.output}
+        kept = []
+        for node in reversed(self._nodes):
+            if any(output in live for output in node.output):
+                live.update(reads(node))
+                kept.append(node)
         del self._graph.node[:]
-        self._graph.node.extend(self._nodes)
+        self._graph.node.extend(reversed(kept))
 
     def _emit(self, op_type: str, inputs: list[str], domain: str = "", **attributes: Any) -> str:
         output = self._shared.names.fresh(f"nchwc_{op_type.lower()}")
@@ -179,15 +193,20 @@ class _GraphRewriter:
 
     def _entry(self, product: Product) -> _Blocked:
         """The product's left operand in blocked layout."""
-        known = self._blocked.get(product.source) if product.alpha == 1.0 else None
+        source = self._behind_reshapes(product.source) if product.rank == 2 else product.source
+        known = self._blocked.get(source) if product.alpha == 1.0 else None
+        if known is not None and (
+            known.channels != product.matrix.rows or (source != product.source and known.rank != 2)
+        ):
+            known = None  # behind a reshape only another matrix has the same rows
         if known is not None and (known.rank == product.rank or product.rank is None or known.rank is None):
             return known
-        key = (product.source, product.alpha)
+        rows = product.matrix.rows
+        key = (source, product.alpha, rows)
         if key in self._entries:
             return self._entries[key]
-        self._make_plain(product.source)
-        rows = product.matrix.rows
-        value = product.source
+        self._make_plain(source)
+        value = source
         if product.alpha != 1.0:
             value = self._emit("Mul", [value, self._shared.scalar(product.alpha)])
         if product.rank == 3:
@@ -200,6 +219,31 @@ class _GraphRewriter:
         entry = _Blocked(value, rows, product.rank, product.source if product.rank not in {2, 3, 4} else None)
         self._entries[key] = entry
         return entry
+
+    def _behind_reshapes(self, name: str) -> str:
+        """The value that a matrix is a mere reshape of: it is about to be reshaped anyway."""
+        producer = self._producers.get(name)
+        while producer is not None and producer.op_type in _RESHAPES and not producer.domain:
+            name = producer.input[0]
+            producer = self._producers.get(name)
+        return name
+
+    def _reshaped(self, node: NodeProto) -> bool:
+        """Let a Reshape to a constant shape read the reordered value as it comes, not reshaped to a matrix first."""
+        if node.op_type != "Reshape" or node.domain or len(node.input) != 2:
+            return False
+        blocked = self._blocked.get(node.input[0])
+        shape = self._shared.shapes.get(node.input[1])
+        if blocked is None or blocked.rank != 2 or shape is None or 0 in shape or node.input[0] in self._plain:
+            return False
+        if node.input[0] not in self._raw:
+            reorder: dict[str, Any] = {"channels": blocked.channels, "channels_last": 1}
+            self._raw[node.input[0]] = self._emit("ReorderOutput", [blocked.name], NCHWC_DOMAIN, **reorder)
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.input[0] = self._raw[node.input[0]]
+        self._nodes.append(copy)
+        return True
 
     def _padded(self, value: str, missing: int) -> str:
         """A value of rank 4 with zeros behind its last dimension."""
