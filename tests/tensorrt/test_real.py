@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from onnx_refit.engine.tensorrt import network as network_module
 from onnx_refit.engine.tensorrt.bindings import PACKAGES, Bindings, find_bindings
 from onnx_refit.engine.tensorrt.build import build_plan
+from onnx_refit.engine.tensorrt.execution import make_output_allocator
 from onnx_refit.engine.tensorrt.network import mark_refittable, parse
 from onnx_refit.engine.tensorrt.options import HardwareCompatibility, TensorRtOptions
 from onnx_refit.engine.tensorrt.profiles import Range, plan_profile
@@ -26,7 +27,7 @@ from onnx_refit.plan.compile import Compilation, compile_model
 from onnx_refit.plan.evaluate import evaluate
 
 from .bidaf import random_bidaf
-from .fake import Control, fake_bindings
+from .fake import Control, FakeDevice, fake_bindings
 
 pytestmark = pytest.mark.tensorrt
 
@@ -239,3 +240,21 @@ def test_the_light_models_of_the_onnx_package_parse(bindings: Bindings, name: st
 def test_module_names_are_tried_from_the_fullest(bindings: Bindings) -> None:
     assert bindings.name in PACKAGES
     assert find_bindings(bindings.name).version == bindings.version
+
+
+def test_weights_by_address_carry_the_dtype_that_prototypes_are_compared_by(bindings: Bindings) -> None:
+    array = np.arange(6, dtype=np.float32)
+    made = bindings.module.Weights(bindings.data_type("float32"), array.ctypes.data, array.size)
+    assert made.dtype == bindings.data_type("float32")
+    assert made.size == 6
+    assert np.array_equal(made.numpy(), array)
+
+
+def test_an_output_allocator_of_the_real_base_class(bindings: Bindings) -> None:
+    device = FakeDevice()
+    allocator = make_output_allocator(bindings.module, device)
+    address = allocator.reallocate_output("y", 0, 100, 256)
+    assert address in device.memory
+    assert allocator.reallocate_output_async("y", address, 50, 256, 1) == address
+    allocator.notify_shape("y", bindings.module.Dims([2, 3]))
+    assert allocator.shape == (2, 3)
