@@ -198,3 +198,20 @@ def test_reshapes_around_matrices_are_not_done_twice(shape: tuple[int, ...]) -> 
     reshapes = [node.op_type for node in result.model.graph.node].count("Reshape")
     assert reshapes == (4 if 0 in shape else 3)
     compare(result, made, arrays, x_of(2, 3, 12))
+
+
+def test_a_matrix_behind_a_value_of_unknown_rank() -> None:
+    rng = np.random.default_rng(0)
+    weights = [weight(rng, "w", 12, 20), weight(rng, "v", 20, 36)]
+    nodes = [n("Reshape", "x shape", "a"), n("MatMul", "a w", "b"), n("Reshape", "b flat", "c"), n("Gemm", "c v", "y")]
+    made = model(nodes, [("x", ["M", 12])], [("y", None)], [*weights, ints("flat", -1, 20)])
+    made.graph.input.append(helper.make_tensor_value_info("shape", onnx.TensorProto.INT64, ["R"]))
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in weights}
+    inputs = onnx.ModelProto()
+    inputs.CopyFrom(made)
+    del inputs.graph.initializer[:2]
+    specs = {name: spec_of(name, array) for name, array in arrays.items()}
+    inputs.graph.input.extend(value_info_of(spec) for spec in specs.values())
+    result = rewrite(inputs, specs, lambda k, columns, m: True, BLOCK)
+    assert result.count == 2
+    compare(result, made, arrays, {**x_of(12, 12), "shape": np.array([2, 2, 3, 12], np.int64)})
