@@ -13,12 +13,14 @@ from onnx_refit._version import __version__
 from onnx_refit.cli.output import err
 from onnx_refit.cli.plans import build_command, inspect_command, prepare_command
 from onnx_refit.cli.running import bench_command, run_command
+from onnx_refit.cli.serving import commit_command, push_command, rollback_command, serve_command, status_command
+from onnx_refit.cli.tensorrt import check_tensorrt_command
 from onnx_refit.cli.weights import check_command, diff_command, refit_command
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.samples.bidaf.cli import bidaf
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="onnx-refit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -34,6 +36,12 @@ for command in (
     run_command,
     diff_command,
     bench_command,
+    serve_command,
+    push_command,
+    commit_command,
+    rollback_command,
+    status_command,
+    check_tensorrt_command,
     bidaf,
 ):
     cli.add_command(command)
