@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,12 +41,35 @@ def tensorrt_options(shapes: tuple[str, ...], dimensions: tuple[str, ...], works
         raise click.UsageError(str(error)) from error
 
 
+def profile_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--shape``, ``--dim`` and ``--workspace`` to a command; ``tensorrt_options`` takes their values."""
+    for option in (
+        click.option(
+            "--workspace", type=click.IntRange(min=1), help="MiB that TensorRT's builder may use for a layer."
+        ),
+        click.option(
+            "--dim",
+            "dimensions",
+            multiple=True,
+            metavar="NAME=MIN:OPT:MAX",
+            help="Sizes of a dimension for TensorRT, as 1:50:400 (repeatable).",
+        ),
+        click.option(
+            "--shape",
+            "shapes",
+            multiple=True,
+            metavar="INPUT=MIN:OPT:MAX",
+            help="Shapes of an input for TensorRT, as 1x16:8x16:64x16 (repeatable).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command("check-tensorrt")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--build", is_flag=True, help="Also build the prepared model (TensorRT-RTX needs no GPU for that).")
-@click.option("--shape", "shapes", multiple=True, metavar="INPUT=MIN:OPT:MAX", help="As 1x16:8x16:64x16 (repeatable).")
-@click.option("--dim", "dimensions", multiple=True, metavar="NAME=MIN:OPT:MAX", help="As 1:50:400 (repeatable).")
-@click.option("--workspace", type=click.IntRange(min=1), help="MiB of GPU memory that the builder may use for a layer.")
+@profile_options
 @click.option("--package", type=str, help="The module to ask (default: the first of TensorRT and TensorRT-RTX).")
 @click.option("--all", "show_all", is_flag=True, help="Also list the nodes that are accepted.")
 @json_option
