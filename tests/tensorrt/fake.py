@@ -265,8 +265,13 @@ def fake_bindings(control: Control, *, version: str = "11.3.0", name: str = "ten
         def get_tensor_location(self, tensor: str) -> str:
             return "DEVICE"
 
-        def create_execution_context(self) -> Context:
+        def create_execution_context(self, config: Any = None) -> Context:
+            if config is not None and config.cache is not None:
+                config.cache.kernels.add("compiled")
             return Context(self)
+
+        def create_runtime_config(self) -> RuntimeConfig:
+            return RuntimeConfig()
 
         def infer(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
             with self.lock:
@@ -279,6 +284,30 @@ def fake_bindings(control: Control, *, version: str = "11.3.0", name: str = "ten
             finally:
                 with self.lock:
                     self.running -= 1
+
+    class RuntimeCache:
+        def __init__(self) -> None:
+            self.kernels: set[str] = set()
+
+        def deserialize(self, blob: bytes) -> bool:
+            if not blob.startswith(b"kernels "):
+                return False
+            self.kernels.update(blob.decode().split()[1:])
+            return True
+
+        def serialize(self) -> bytes:
+            return " ".join(["kernels", *sorted(self.kernels)]).encode()
+
+    class RuntimeConfig:
+        def __init__(self) -> None:
+            self.cache: RuntimeCache | None = None
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            self.cache = cache
+            return True
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -357,6 +386,8 @@ def fake_bindings(control: Control, *, version: str = "11.3.0", name: str = "ten
         INetworkDefinition=Network,
         IExecutionContext=Context,
         ICudaEngine=Engine,
+        IRuntimeConfig=RuntimeConfig,
+        IRuntimeCache=RuntimeCache,
         OnnxParser=OnnxParser,
         Runtime=Runtime,
         Refitter=Refitter,

@@ -70,6 +70,8 @@ FAKED = (
     "INetworkDefinition",
     "IExecutionContext",
     "ICudaEngine",
+    "IRuntimeConfig",
+    "IRuntimeCache",
 )
 
 

@@ -267,3 +267,23 @@ def test_kernel_timings_are_kept_and_damaged_ones_are_not_trusted(tmp_path: Path
     cache.write_bytes(b"of another GPU")
     World(timing_cache=cache).create()
     assert cache.read_bytes() == b"timings"
+
+
+def test_compiled_kernels_are_kept_for_the_next_process_and_damaged_ones_are_not_used(tmp_path: Path) -> None:
+    cache = tmp_path / "kernels"
+    for before in (None, b"of another GPU", b"kernels older"):
+        if before is not None:
+            cache.write_bytes(before)
+        world = World(runtime_cache=cache)
+        backend = world.create()
+        assert close_to(backend, backend.derive(world.weights), answer(world.weights))
+        backend.close()
+        kept = cache.read_bytes()
+        assert kept == (b"kernels compiled older" if before == b"kernels older" else b"kernels compiled")
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
+    world = World(runtime_cache=tmp_path / "missing" / "kernels")
+    backend = world.create()
+    backend.derive(world.weights)
+    backend.close()

@@ -134,7 +134,15 @@ class TensorRtBackend:
         self._decisions = decisions
         self._specs = {spec.name: spec for spec in compiled.engine_weights}
         twins = [
-            Twin(bindings, device, plan, self._specs, compiled.outputs, host_code=options.version_compatible)
+            Twin(
+                bindings,
+                device,
+                plan,
+                self._specs,
+                compiled.outputs,
+                host_code=options.version_compatible,
+                runtime_cache=options.runtime_cache,
+            )
             for _ in range(options.twins)
         ]
         twins[0].open()  # a plan that cannot be loaded or refitted says so now, not at the first refit

@@ -18,13 +18,19 @@ class Execution:
     """Runs one inference at a time. Its memory grows to the largest shapes seen and is kept."""
 
     def __init__(
-        self, bindings: Bindings, device: Device, engine: Any, logger: Any, outputs: Sequence[TensorSpec]
+        self,
+        bindings: Bindings,
+        device: Device,
+        engine: Any,
+        logger: Any,
+        outputs: Sequence[TensorSpec],
+        config: Any = None,
     ) -> None:
         self._trt = bindings.module
         self._device = device
         self._logger = logger
         self._outputs = outputs
-        self._context = engine.create_execution_context()
+        self._context = engine.create_execution_context() if config is None else engine.create_execution_context(config)
         if self._context is None:
             raise EngineError(f"TensorRT made no execution context: {last_errors(logger)}")
         self._on_host = {

@@ -33,6 +33,7 @@ class TensorRtOptions:
         workspace: bytes of GPU memory that the builder may use for a layer; None leaves TensorRT's default.
         timing_cache: file to read kernel timings from and to write them back to; None keeps none. TensorRT-RTX
             has none: it compiles its kernels where it runs.
+        runtime_cache: TensorRT-RTX only: file to keep the kernels in that it compiles where it runs.
         strip: leave the refittable weights out of the plan (they come by the first refit in any case).
         tf32: let float32 products round their inputs to TF32.
         version_compatible: ask for a plan that later versions of the same package can run too.
@@ -47,6 +48,7 @@ class TensorRtOptions:
     fallback: Range = _FALLBACK
     workspace: int | None = None
     timing_cache: Path | None = None
+    runtime_cache: Path | None = None
     strip: bool = True
     tf32: bool = False
     version_compatible: bool = False

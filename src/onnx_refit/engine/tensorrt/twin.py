@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from onnx_refit.engine.tensorrt.bindings import Bindings, last_errors
 from onnx_refit.engine.tensorrt.device import Device
 from onnx_refit.engine.tensorrt.execution import Execution
+from onnx_refit.engine.tensorrt.runtime_cache import RuntimeCache
 from onnx_refit.engine.tensorrt.weightset import TensorRtWeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array, TensorSpec
@@ -29,6 +31,7 @@ class Twin:
         outputs: Sequence[TensorSpec],
         *,
         host_code: bool,
+        runtime_cache: Path | None = None,
     ) -> None:
         self._bindings = bindings
         self._trt = bindings.module
@@ -37,6 +40,8 @@ class Twin:
         self._specs = weights
         self._outputs = outputs
         self._host_code = host_code
+        self._cache_path = runtime_cache
+        self._cache: RuntimeCache | None = None
         self._logger = bindings.logger()
         self._engine: Any = None
         self._runtime: Any = None
@@ -62,6 +67,7 @@ class Twin:
             self._refitter = self._trt.Refitter(self._engine, self._logger)
             self._check_complete()
             self._stream = self._device.create_stream()
+            self._cache = RuntimeCache(self._bindings, self._engine, self._cache_path)
         except BaseException:
             self.close()
             raise
@@ -130,7 +136,8 @@ class Twin:
         try:
             execution = self._idle.pop()
         except IndexError:
-            execution = Execution(self._bindings, self._device, self._engine, self._logger, self._outputs)
+            config = None if self._cache is None else self._cache.config
+            execution = Execution(self._bindings, self._device, self._engine, self._logger, self._outputs, config)
         try:
             results = execution.run(inputs)
         except BaseException:
@@ -144,6 +151,9 @@ class Twin:
         for execution in self._idle:
             execution.close()
         self._idle.clear()
+        if self._cache is not None:
+            self._cache.save()
+            self._cache = None
         self._refitter = None
         self._engine = None
         self._runtime = None
