@@ -196,6 +196,30 @@ def test_batching_only_where_rows_are_independent(mixed):
     assert not mixed or "differs when rows run together" in str(reason)
 
 
+def test_only_what_is_known_to_be_quick_runs_on_the_event_loop():
+    import numpy as np
+
+    from onnx_refit.serve.fastpath import FastPath
+
+    path = FastPath(affine(1.0))
+    small, large = (path.key({"x": np.zeros((rows, 4), np.float32)}) for rows in (1, 100))
+    assert small != large
+    for _ in range(7):
+        path.note(small, 1e-5)
+    assert not path.quick(small), "too few to rely on"
+    path.note(small, 1e-5)
+    assert path.quick(small)
+    assert not path.quick(large), "another shape takes another time"
+    path.note(small, 1.0)
+    assert not path.quick(small)
+    for _ in range(100):
+        path.note(small, 1e-5)
+    assert path.quick(small), "one slow one may have been a busy moment"
+    # A loop that counts to a value of the input: no shape bounds it.
+    assert FastPath(slow(1.0)).key({"x": np.zeros((1, 4), np.float32)}) is None
+    assert path.key({"x": np.array(["text"], object)}) is None
+
+
 def test_several_models(start, plan, slow_plan):
     running = start(plan, f"other={slow_plan}")
     assert running.ask("GET", "/v2/models", token=None)[2] == {"models": ["affine", "other"]}

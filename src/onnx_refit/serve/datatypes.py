@@ -31,6 +31,7 @@ _BY_NAME = {
 }
 _BY_DTYPE = {name: datatype for datatype, name in _BY_NAME.items()}
 _NUMPY = {datatype: numpy_dtype(name) for datatype, name in _BY_NAME.items()}
+_DATATYPE = {dtype: datatype for datatype, dtype in _NUMPY.items()}
 _MAX_RANK = 32
 # What JSON may hold for a kind of dtype; floats take both.
 _ELEMENTS: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "O": {str}}
@@ -46,6 +47,9 @@ def datatype_of(dtype: str) -> str:
 
 def datatype_of_array(array: Array) -> str:
     """The protocol's name of an array's dtype."""
+    known = _DATATYPE.get(array.dtype)
+    if known is not None:
+        return known
     return "BYTES" if array.dtype.kind in "OUS" else datatype_of(str(array.dtype))
 
 

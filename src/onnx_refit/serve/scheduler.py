@@ -103,6 +103,11 @@ class Scheduler:
         """Inferences that run now."""
         return self._running
 
+    @property
+    def idle(self) -> bool:
+        """Whether a job would be taken at once: an instance is free and nobody waits."""
+        return not self._closed and not self._queue and self._running < len(self._threads)
+
     def submit(self, job: Job) -> None:
         """Queue a job.
 
