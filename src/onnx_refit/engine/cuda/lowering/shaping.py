@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import onnx
@@ -153,6 +154,9 @@ def pad(
     fill = node.get("value", 0.0) if value is None else value.item()
     both = {axis: (widths[i], widths[i + len(along)]) for i, axis in enumerate(along)}
     if mode == "constant":
+        if x.is_floating_point() and math.isfinite(fill):
+            limit = torch.finfo(x.dtype).max
+            fill = min(max(fill, -limit), limit)  # a model's -1e9 where halves end at 65504
         flat = [width for axis in reversed(range(x.dim())) for width in both.get(axis, (0, 0))]
         return functional.pad(x, flat, value=fill)
     for axis, (before, after) in both.items():
