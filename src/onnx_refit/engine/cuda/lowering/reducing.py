@@ -133,6 +133,18 @@ def group_norm(node: Node, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return functional.group_norm(x, groups, scale, bias, node.get("epsilon", 1e-5))
 
 
+@operator("LRN")
+def local_response(node: Node, x: Tensor) -> Tensor:
+    """Divide by a power of the squares of neighbouring channels; an even window reaches one further up than down."""
+    size = node.get("size")
+    before, after = (size - 1) // 2, size - 1 - (size - 1) // 2
+    square = (x * x).movedim(1, -1)
+    padded = functional.pad(square, [before, after])
+    total = padded.unfold(-1, size, 1).sum(-1).movedim(-1, 1)
+    scale = node.get("bias", 1.0) + node.get("alpha", 0.0001) / size * total
+    return x / scale ** node.get("beta", 0.75)
+
+
 @operator("LpNormalization")
 def lp_norm(node: Node, x: Tensor) -> Tensor:
     """Divide by the norm along an axis; 0 stays 0."""
