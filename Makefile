@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out
 
-.PHONY: help demo test test-all lint format types check-imports bench lock clean
+.PHONY: help demo test test-all test-serve lint format types check-imports bench lock clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,7 +34,17 @@ demo: $(VENV)/.installed  ## Run the main job: BiDAF prepared, built, refitted a
 test: $(VENV)/.installed  ## Run the default tests
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
+# The server's tests have an environment of their own: see constraints/serve.in.
+$(VENV)-serve/.installed: pyproject.toml constraints/serve.txt
+	$(PYTHON) -m venv $(VENV)-serve
+	$(VENV)-serve/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/serve.txt
+	$(VENV)-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-serve: $(VENV)-serve/.installed  ## Run the server's tests, with the clients of others and a browser if there is one
+	$(VENV)-serve/bin/python -m pytest tests/serve -m "serve or not serve"
+
+test-all: test-serve $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(VENV)/.installed-lint  ## Lint, check the format, the types and the direction of imports
@@ -54,4 +64,4 @@ lock:  ## Pin the newest versions of all dependencies, with hashes (needs uv)
 	sh constraints/lock.sh
 
 clean:  ## Remove the environment and what was built
-	rm -rf $(VENV) $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-serve $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
