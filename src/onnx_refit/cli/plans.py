@@ -23,7 +23,7 @@ PATH = click.Path(path_type=Path)
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Where to write the prepared model.")
 @click.option(
-    "--for", "engine", type=click.Choice([*engine_names(), "tensorrt"]), default=DEFAULT_ENGINE, help="Target."
+    "--for", "engine", type=click.Choice(engine_names()), default=DEFAULT_ENGINE, help="Target."
 )
 @json_option
 def prepare_command(model: Path, output: Path, engine: str, as_json: bool) -> None:
@@ -84,6 +84,12 @@ def build_command(
     if as_json:
         emit_json({"plan": str(output), "seconds": seconds, "bytes": output.stat().st_size, **plan.describe()})
         return
+    if plan.names is not None and plan.names.unmatched:
+        shown = ", ".join(plan.names.unmatched[:5])
+        say(
+            f"{len(plan.names.unmatched)} weights are not made of the checkpoint's tensors: {shown}. Later checkpoints "
+            "will be refused for lacking them, unless you keep them constant with --constant NAME"
+        )
     weights = f"{len(plan.refittable)} refittable weights, {human_bytes(plan.weight_bytes)}"
     say(f"wrote {output}: {weights}{' (left out)' if strip else ''}, built in {seconds:.2f} s")
 
