@@ -119,6 +119,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def start():
     """Start servers that end with the test."""
+    pytest.importorskip("uvicorn")
     started = []
 
     def start(*arguments, env=None):
@@ -133,6 +134,7 @@ def start():
 @pytest.fixture(scope="module")
 def server(plan):
     """One server for all tests of a module that leave its versions alone or do not mind them."""
+    pytest.importorskip("uvicorn")
     running = Running(plan, "--grpc-port", "0", "--keep", "3")
     yield running
     assert running.stop() == 0, running.output

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -48,7 +49,7 @@ class Asking(threading.Thread):
         started = time.monotonic()
         try:
             self.result = self.running.ask(*self.arguments, token=None)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.result = (0, {}, str(error))
         self.seconds = time.monotonic() - started
 
@@ -127,12 +128,36 @@ def test_sigterm_lets_running_requests_finish(start, slow_plan):
 
 def test_it_does_not_wait_longer_than_told(start, slow_plan):
     running = start(slow_plan, "--drain-seconds", "1")
-    Asking(running, 20 * SECOND)
+    asking = Asking(running, 30 * SECOND)
+    until(lambda: load(running) == (1, 0))
+    running.process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert running.process.wait(20) == 1
+    assert time.monotonic() - started < 8
+    assert running.log[-1]["message"] == "stopped while inferences were still running"
+    assert asking.status in (0, 500, 503)
+
+
+def test_a_second_signal_ends_it_at_once(start, slow_plan):
+    running = start(slow_plan)
+    Asking(running, 30 * SECOND)
     until(lambda: load(running) == (1, 0))
     running.process.send_signal(signal.SIGTERM)
     until(lambda: any(entry["message"] == "stopping" for entry in running.log))
     running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(20) != 0
+    assert running.process.wait(5) == -signal.SIGTERM
+
+
+def test_without_the_extra_it_is_said_which(monkeypatch):
+    from onnx_refit.errors import MissingExtraError
+    from onnx_refit.serve.extras import require_serve
+
+    require_serve()
+    for module, package in (("starlette", "starlette"), ("grpc", "grpcio")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module, None)
+            with pytest.raises(MissingExtraError, match=f"{package}.*onnx-refit\\[serve\\]"):
+                require_serve()
 
 
 def test_a_taken_port_is_said_in_words(server, plan, start):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def _load(named: Mapping[str, Path], store: Path | None, keep: int, threads: int
 @click.option("--access-log/--no-access-log", default=True, help="A log line for every request.")
 def serve_command(plans: tuple[str, ...], **options: Any) -> None:
     """Serve PLANs over HTTP and gRPC; refits are verbs of the server. Logs JSON lines on stderr."""
+    from onnx_refit.serve.extras import require_serve
+
+    require_serve()
     from onnx_refit.serve.logs import configure_logging
     from onnx_refit.serve.server import serve
 
@@ -122,7 +126,10 @@ def serve_command(plans: tuple[str, ...], **options: Any) -> None:
     configure_logging()
     engines = _load(named, options["store"], options["keep"], options["threads"])
     try:
-        serve(engines, settings)
+        if not serve(engines, settings):
+            # Ending Python while ONNX Runtime still computes aborts the process; all that matters is on disk.
+            sys.stderr.flush()
+            os._exit(1)
     except OSError as error:
         raise OnnxRefitError(str(error.strerror or error)) from error
     finally:

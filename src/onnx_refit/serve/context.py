@@ -14,6 +14,8 @@ from onnx_refit.serve.settings import Settings
 from onnx_refit.serve.spool import Spool
 
 Result = TypeVar("Result")
+# Requests had their time to finish before; what runs now has nobody waiting for it.
+_LAST_SECONDS = 1.0
 
 
 class Context:
@@ -46,9 +48,17 @@ class Context:
         """Run a piece of a refit on the refits' threads."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
-    def close(self) -> None:
-        """End the refits' threads, close the models and the spool. Blocks."""
-        self._workers.shutdown(wait=True)
-        for model in self.models:
-            model.close()
+    def close(self, seconds: float = _LAST_SECONDS) -> bool:
+        """End the refits' threads, close the models and the spool. Blocks.
+
+        Args:
+            seconds: how long to wait for inferences that still run.
+
+        Returns:
+            Whether none was left running.
+        """
+        # A commit that has begun is finished: it is short, and its client deserves to know.
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        ended = [model.close(seconds) for model in self.models]
         self.spool.close()
+        return all(ended)

@@ -23,6 +23,8 @@ from onnx_refit.serve.traffic import TrafficSplit
 from onnx_refit.tensors import Array, TensorSpec
 
 PLATFORM = "onnx-refit"
+# A request with less time than this goes through the queue, which keeps deadlines to the microsecond.
+_HURRIED_SECONDS = 0.01
 
 
 class ServedModel:
@@ -78,7 +80,8 @@ class ServedModel:
             raise DrainingError(f"the model {self.name!r} is offline")
         chosen = self._version(version or request.version, request.split_key)
         kind = self._fast.key(request.inputs)
-        if self._scheduler.idle and self._fast.quick(kind):
+        hurried = request.timeout is not None and request.timeout < _HURRIED_SECONDS
+        if self._scheduler.idle and not hurried and self._fast.quick(kind):
             started = time.perf_counter()
             results, answering = self._run(request.inputs, request.output_names, chosen)
             self._fast.note(kind, time.perf_counter() - started)
@@ -176,17 +179,21 @@ class ServedModel:
         """How busy it is."""
         return {"waiting": self._scheduler.waiting, "running": self._scheduler.running}
 
-    def drain(self) -> None:
-        """Finish what is queued and take nothing more. Blocks."""
-        self.online = False
-        self._scheduler.close()
+    def close(self, seconds: float) -> bool:
+        """Finish what is queued, discard what is staged, and close the engine. Blocks.
 
-    def close(self) -> None:
-        """Drain, discard what is staged, and close the engine. Blocks."""
-        self.drain()
+        Args:
+            seconds: how long to wait for what runs; an inference cannot be interrupted.
+
+        Returns:
+            Whether everything ended in time.
+        """
+        self.online = False
+        ended = self._scheduler.close(seconds)
         self.events.close()
         self.desk.close()
         self.engine.close()
+        return ended
 
 
 def _answer(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Job], job: Job) -> None:

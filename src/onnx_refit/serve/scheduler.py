@@ -129,13 +129,22 @@ class Scheduler:
             self._queue.append(job)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Let the workers finish what is queued, then end them; returns when they have ended."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Let the workers finish what is queued, then end them.
+
+        Args:
+            seconds: how long to wait for them; None for as long as it takes.
+
+        Returns:
+            Whether all have ended.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = None if seconds is None else time.monotonic() + seconds
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while True:

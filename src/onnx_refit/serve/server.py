@@ -74,11 +74,14 @@ class Server:
         """Begin to stop: refuse new requests, finish the running ones. Call it on the event loop's thread."""
         self._stopping.set()
 
-    async def run(self, started: Callable[[Addresses], None] = lambda addresses: None) -> None:
+    async def run(self, started: Callable[[Addresses], None] = lambda addresses: None) -> bool:
         """Serve until ``stop`` or SIGTERM or SIGINT; a second signal ends it at once.
 
         Args:
             started: called with the addresses when the server takes requests.
+
+        Returns:
+            Whether every inference had ended; one that has not cannot be interrupted, and keeps its thread.
 
         Raises:
             OSError: a port is taken.
@@ -102,8 +105,9 @@ class Server:
                     for model in self.context.models:
                         model.events.close()
             finally:
-                await asyncio.to_thread(self.context.close)
-        log("stopped")
+                ended = await asyncio.to_thread(self.context.close)
+        log("stopped" if ended else "stopped while inferences were still running")
+        return ended
 
     @contextlib.asynccontextmanager
     async def _listening(self) -> AsyncIterator[Addresses]:
@@ -200,8 +204,8 @@ def serve(
     engines: Mapping[str, Engine],
     settings: Settings,
     started: Callable[[Addresses], None] = lambda addresses: None,
-) -> None:
-    """Serve engines in this thread until a signal comes; raises as ``Server`` and ``Server.run``."""
+) -> bool:
+    """Serve engines in this thread until a signal comes; returns and raises as ``Server`` and ``Server.run``."""
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         import uvloop
@@ -210,8 +214,8 @@ def serve(
     except ImportError:
         factory = asyncio.new_event_loop
 
-    async def main() -> None:
-        await Server(engines, settings).run(started)
+    async def main() -> bool:
+        return await Server(engines, settings).run(started)
 
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main())
+        return runner.run(main())
