@@ -41,10 +41,16 @@ _PACKING: Mapping[str, tuple[int, ...]] = {
 # Worth packing along with those, but not worth a second session of their own: their large ones run blocked.
 _ALSO: Mapping[str, tuple[int, ...]] = {"MatMul": (1,), "FusedMatMul": (1,), "Gemm": (1,), "FusedGemm": (1,)}
 _PLACEHOLDER = "placeholder.bin"
+_PATIENCE = 0.05  # seconds that a new set has for its first answer
 
 
 class Promotable(Protocol):
     """A weight set as this module sees it."""
+
+    @property
+    def answered(self) -> threading.Event:
+        """Set once it has answered a request."""
+        ...
 
     def values(self) -> Mapping[str, Value]:
         """Engine weight -> value."""
@@ -91,6 +97,7 @@ class SecondTier:
         self._path = _write(model, self.baked, specs, Path(self._folder.name))
         self._waiting: list[weakref.ref[Promotable]] = []
         self._changed = threading.Condition()
+        self._asked = 0
         self._closed = False
         self._building: ort.SessionOptions | None = None
         self._thread: threading.Thread | None = None
@@ -102,6 +109,7 @@ class SecondTier:
                 weights.promote(None)
                 return
             self._waiting.append(weakref.ref(weights))
+            self._asked += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="onnx-refit-tier2", daemon=True)
                 self._thread.start()
@@ -114,9 +122,16 @@ class SecondTier:
                     self._changed.wait()
                 if self._closed:
                     return
-                weights = self._waiting.pop()()
+                weights, asked = self._waiting.pop()(), self._asked
             if weights is not None:
-                weights.promote(self._build(weights))
+                # Building takes the cores that the first answer needs.
+                weights.answered.wait(_PATIENCE)
+                with self._changed:
+                    superseded = self._asked != asked and not self._closed  # a newer set came meanwhile
+                    if superseded:
+                        self._waiting.insert(0, weakref.ref(weights))
+                if not superseded:
+                    weights.promote(None if self._closed else self._build(weights))
             del weights
 
     def _build(self, weights: Promotable) -> ort.InferenceSession | None:

@@ -78,6 +78,11 @@ class Runner:
 class OnnxRuntimeWeightSet:
     """One immutable set of engine weights, with what runs it. Thread-safe.
 
+    Attributes:
+        buffers: engine weight -> buffer.
+        runner: what runs it now.
+        answered: set once it has answered a request.
+
     Args:
         buffers: every engine weight.
         shared_nbytes: bytes of those that another set has too.
@@ -100,6 +105,7 @@ class OnnxRuntimeWeightSet:
         self._bound = bound
         self._outputs = tuple(outputs)
         self._tiers = Tiers(done=bound is None)
+        self.answered = threading.Event()
 
     @property
     def nbytes(self) -> int:
@@ -129,4 +135,7 @@ class OnnxRuntimeWeightSet:
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; outputs in the model's order; EngineError where ONNX Runtime fails."""
-        return self.runner.run(inputs)
+        results = self.runner.run(inputs)
+        if not self.answered.is_set():
+            self.answered.set()
+        return results
