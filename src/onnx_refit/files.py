@@ -107,4 +107,3 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole UTF-8 text file atomically; WriteError as for ``atomic_write``."""
     write_bytes(path, text.encode("utf-8"))
-

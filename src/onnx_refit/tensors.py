@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ import onnx
 
 from onnx_refit.errors import ModelError
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 """A tensor on the host; strings are object arrays of ``str``."""
 
 # ONNX tensor types (IR specification, TensorProto.DataType) by the lower-case names used everywhere in this project.

@@ -22,9 +22,7 @@ PATH = click.Path(path_type=Path)
 @click.command("prepare")
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Where to write the prepared model.")
-@click.option(
-    "--for", "engine", type=click.Choice(engine_names()), default=DEFAULT_ENGINE, help="Target."
-)
+@click.option("--for", "engine", type=click.Choice(engine_names()), default=DEFAULT_ENGINE, help="Target.")
 @json_option
 def prepare_command(model: Path, output: Path, engine: str, as_json: bool) -> None:
     """Rewrite MODEL until the engine can run it; vocabularies become JSON files beside OUTPUT."""

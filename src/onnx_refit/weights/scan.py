@@ -200,7 +200,8 @@ def _differs(values: Array, converted: Array) -> np.ndarray[tuple[int], np.dtype
     back = converted.astype(values.dtype)
     differs: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.asarray(back != values)
     if values.dtype.kind not in "iu":
-        return differs & ~(np.isnan(back) & np.isnan(values))
+        differs &= ~(np.isnan(back) & np.isnan(values))
+        return differs
     if converted.dtype.kind in "iu":
         # Between signed and unsigned the way back undoes the wrap: look at the signs.
         differs |= np.less(converted, 0) != np.less(values, 0)

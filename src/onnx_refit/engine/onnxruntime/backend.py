@@ -136,8 +136,7 @@ class OnnxRuntimeBackend:
     def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
         values = {name: buffer.storage.value for name, buffer in buffers.items() if name in self._read}
         runner = Runner(self._session, values, self._outputs)
-        bound = None if self._second is None else self._second.bound
-        return OnnxRuntimeWeightSet(buffers, shared, runner, bound, self._outputs)
+        return OnnxRuntimeWeightSet(buffers, shared, runner, self._outputs, one_tier=self._second is None)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

@@ -12,7 +12,7 @@ from onnx_refit.engine.onnxruntime.forms import Forms
 from onnx_refit.engine.onnxruntime.nchwc import rewrite
 from onnx_refit.engine.onnxruntime.offline import CANDIDATES, optimise_file
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
-from onnx_refit.engine.onnxruntime.tiers import packed_weights
+from onnx_refit.engine.onnxruntime.tiers import gains_from_packing
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.compose import resolve
 from onnx_refit.plan.trace.lower import lower
@@ -69,14 +69,14 @@ def specialise(compiled: CompiledModel, options: OnnxRuntimeOptions) -> Speciali
     wanted: dict[str, Recipe] = {name: definitions[TRACED + name] for name in weights}
     if options.optimise and block > 1:
         preferences = [forms.prefer_blocked]
-        if packed_weights(traced.model, weights):
+        if gains_from_packing(traced.model, weights):
             preferences.append(forms.surely_blocked)
         rewrites = [rewrite(traced.model, weights, prefer, block) for prefer in preferences]
         graphs, count = [each.model for each in rewrites], rewrites[0].count
         for each in rewrites:
             for name, recipe in each.recipes.items():
                 wanted[name] = mapped(recipe, {s: TRACED + s for s in recipe.sources})
-    elif packed_weights(traced.model, weights):
+    elif gains_from_packing(traced.model, weights):
         graphs.append(traced.model)
     read = {value.name for graph in graphs for value in graph.graph.input}
     wanted = {name: recipe for name, recipe in wanted.items() if name in read}

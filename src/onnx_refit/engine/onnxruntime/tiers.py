@@ -1,8 +1,8 @@
 """The second tier: sessions with some weights baked in, for kernels that are only fast with prepacked weights.
 
-A refit goes live at once with every weight as an input. A thread then builds, for each weight set that still lives,
-a session in which the weights of LSTM, GRU, transposed convolutions and quantised operators are initializers over the
-set's own buffers, prepacked by ONNX Runtime; the set switches to it by changing one reference.
+A refit goes live at once with every weight as an input. For models with LSTM, GRU, transposed convolutions or
+quantised operators a thread then builds, for each weight set that still lives, a session in which the weights are
+initializers over the set's own buffers, prepacked by ONNX Runtime; the set switches to it by changing one reference.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ _PACKING: Mapping[str, tuple[int, ...]] = {
     "Attention": (1,),
     "QAttention": (1,),
 }
-# Worth packing along with those, but not worth a second session of their own: their large ones run blocked.
-_ALSO: Mapping[str, tuple[int, ...]] = {"MatMul": (1,), "FusedMatMul": (1,), "Gemm": (1,), "FusedGemm": (1,)}
 _PLACEHOLDER = "placeholder.bin"
 _PATIENCE = 0.05  # seconds that a new set has for its first answer
 
@@ -61,26 +59,22 @@ class Promotable(Protocol):
         ...
 
 
-def packed_weights(model: onnx.ModelProto, weights: Iterable[str]) -> frozenset[str]:
-    """The weights that a second tier would bake in; none where no kernel needs it."""
+def gains_from_packing(model: onnx.ModelProto, weights: Iterable[str]) -> bool:
+    """Whether a kernel of the graph is only fast with one of these weights prepacked."""
     known = set(weights)
-    needed: set[str] = set()
-    also: set[str] = set()
     for graph in all_graphs(model.graph):
         for node in graph.node:
-            for found, table in ((needed, _PACKING), (also, _ALSO)):
-                for index in table.get(node.op_type, ()):
-                    if index < len(node.input) and node.input[index] in known:
-                        found.add(node.input[index])
-    return frozenset(needed | also) if needed else frozenset()
+            indexes = (index for index in _PACKING.get(node.op_type, ()) if index < len(node.input))
+            if any(node.input[index] in known for index in indexes):
+                return True
+    return False
 
 
 class SecondTier:
     """Builds the prepacked sessions of weight sets, newest first, in one background thread.
 
     Attributes:
-        baked: the weights that its sessions have as initializers.
-        bound: the weights that they have as inputs.
+        baked: the weights of its graph; its sessions have them as initializers.
 
     Args:
         model: the second tier's graph, its weights being graph inputs.
@@ -90,8 +84,8 @@ class SecondTier:
 
     def __init__(self, model: onnx.ModelProto, specs: Mapping[str, TensorSpec], threads: int) -> None:
         read = frozenset(value.name for value in model.graph.input) & specs.keys()
-        self.baked = packed_weights(model, read)
-        self.bound = read - self.baked
+        # All of them: those that no kernel packs are adopted as they are, and a request has no weights to bind.
+        self.baked = read
         self._threads = threads
         self._folder = tempfile.TemporaryDirectory(prefix="onnx-refit-")
         self._path = _write(model, self.baked, specs, Path(self._folder.name))

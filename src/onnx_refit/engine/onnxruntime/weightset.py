@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from onnx_refit.engine.onnxruntime.buffers import Buffer
-from onnx_refit.engine.onnxruntime.native import Binding, Value
+from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_outputs, run_plain
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array
 
@@ -58,10 +58,13 @@ class Runner:
         self.session = session
         self._values = values
         self._outputs = tuple(outputs)
+        self._plain = has_plain_outputs(session)
         self._idle: list[Binding] = []
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; EngineError where ONNX Runtime fails."""
+        if not self._values and self._plain and all(array.dtype.kind != "V" for array in inputs.values()):
+            return run_plain(self.session, self._outputs, inputs)
         try:
             binding = self._idle.pop()
         except IndexError:
@@ -87,8 +90,8 @@ class OnnxRuntimeWeightSet:
         buffers: every engine weight.
         shared_nbytes: bytes of those that another set has too.
         runner: what runs it at first.
-        bound: the weights that the second tier's session has as inputs; None where there is no second tier.
         outputs: the model's outputs.
+        one_tier: whether the first tier is the last.
     """
 
     def __init__(
@@ -96,15 +99,15 @@ class OnnxRuntimeWeightSet:
         buffers: Mapping[str, Buffer],
         shared_nbytes: int,
         runner: Runner,
-        bound: frozenset[str] | None,
         outputs: Sequence[str],
+        *,
+        one_tier: bool,
     ) -> None:
         self.buffers = buffers
         self.runner = runner
         self._shared = shared_nbytes
-        self._bound = bound
         self._outputs = tuple(outputs)
-        self._tiers = Tiers(done=bound is None)
+        self._tiers = Tiers(done=one_tier)
         self.answered = threading.Event()
 
     @property
@@ -127,10 +130,9 @@ class OnnxRuntimeWeightSet:
         return {name: buffer.storage.value for name, buffer in self.buffers.items()}
 
     def promote(self, session: ort.InferenceSession | None) -> None:
-        """Run on this session from now on, which holds the baked weights itself; None: it will never come."""
+        """Run on this session from now on, which holds the weights itself; None: it will never come."""
         if session is not None:
-            rest = {name: value for name, value in self.values().items() if name in (self._bound or ())}
-            self.runner = Runner(session, rest, self._outputs)
+            self.runner = Runner(session, {}, self._outputs)
         self._tiers.decide(reached=session is not None)
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
