@@ -134,8 +134,7 @@ class OnnxRuntimeBackend:
         return made
 
     def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
-        values = {name: buffer.storage.value for name, buffer in buffers.items() if name in self._read}
-        runner = Runner(self._session, values, self._outputs)
+        runner = Runner(self._session, {n: b for n, b in buffers.items() if n in self._read}, self._outputs)
         return OnnxRuntimeWeightSet(buffers, shared, runner, self._outputs, one_tier=self._second is None)
 
     def run(

@@ -97,10 +97,10 @@ def has_plain_outputs(session: ort.InferenceSession) -> bool:
     return not any(raw in output.type for output in session.get_outputs() for raw in ("bfloat", "float8"))
 
 
-def run_plain(session: ort.InferenceSession, outputs: Sequence[str], inputs: Mapping[str, Array]) -> list[Array]:
+def run_plain(session: ort.InferenceSession, outputs: Sequence[str], inputs: dict[str, Array]) -> list[Array]:
     """Run a session that has nothing bound: for few inputs this takes 25 us less than a binding."""
     try:
-        results: list[Array] = session._sess.run(list(outputs), dict(inputs), None)
+        results: list[Array] = session._sess.run(list(outputs), inputs, None)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"ONNX Runtime failed: {error}") from error
     return results

@@ -13,6 +13,8 @@ from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_outpu
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array
 
+_FEW = 24  # weights; fewer are fed anew with each request, more are bound once
+
 
 class Tiers:
     """When a weight set reaches its last tier: a ``FullSpeed``.
@@ -50,21 +52,26 @@ class Runner:
 
     Args:
         session: the session.
-        values: the weights that are inputs of it.
+        weights: the weights that are inputs of it.
         outputs: the outputs to compute.
     """
 
-    def __init__(self, session: ort.InferenceSession, values: Mapping[str, Value], outputs: Sequence[str]) -> None:
+    def __init__(self, session: ort.InferenceSession, weights: Mapping[str, Buffer], outputs: Sequence[str]) -> None:
         self.session = session
-        self._values = values
+        self._values: dict[str, Value] = {name: buffer.storage.value for name, buffer in weights.items()}
+        self._arrays = {name: buffer.array for name, buffer in weights.items()}
         self._outputs = tuple(outputs)
-        self._plain = has_plain_outputs(session)
+        self._plain = (
+            len(weights) <= _FEW
+            and all(array.dtype.kind != "V" for array in self._arrays.values())
+            and has_plain_outputs(session)
+        )
         self._idle: list[Binding] = []
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; EngineError where ONNX Runtime fails."""
-        if not self._values and self._plain and all(array.dtype.kind != "V" for array in inputs.values()):
-            return run_plain(self.session, self._outputs, inputs)
+        if self._plain and all(array.dtype.kind != "V" for array in inputs.values()):
+            return run_plain(self.session, self._outputs, {**self._arrays, **inputs})
         try:
             binding = self._idle.pop()
         except IndexError:
