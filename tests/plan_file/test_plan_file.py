@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,42 @@ def test_a_missing_directory_is_said(tmp_path: Path, saved: Path) -> None:
 def test_a_file_where_a_directory_should_be_is_said(saved: Path) -> None:
     with pytest.raises(WriteError, match="a file, not a directory"):
         onnx_refit.Plan.load(saved).save(saved / "mlp.plan")
+
+
+# ---------------------------------------------------------------- fuzz
+
+
+def test_mutated_plans_are_read_right_or_refused(tmp_path: Path, saved: Path) -> None:
+    """A thousand by default; as many as ``ONNX_REFIT_FUZZ`` says. Nothing but our own errors, nothing wrong inside."""
+    original = saved.read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    path = tmp_path / "mutated.plan"
+    splices = [b"\xff" * 8, b"\0" * 8, b"9" * 30, b"../../../etc/passwd", b"[[[[[[", b'{"', b"NaN", b'"shape":[-1]']
+    rng = random.Random(0)
+    read = 0
+    count = int(os.environ.get("ONNX_REFIT_FUZZ", "1000"))
+    for _ in range(count):
+        data = bytearray(original)
+        for _ in range(rng.randint(1, 4)):
+            # Mostly the header: what it says decides how everything else is read.
+            at = rng.randrange(header if rng.random() < 0.7 else len(data))
+            match rng.randrange(4):
+                case 0:
+                    data[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    piece = rng.choice(splices)
+                    data[at : at + len(piece)] = piece
+                case 2:
+                    del data[at : at + rng.randint(1, 40)]
+                case 3:
+                    data[at:at] = data[rng.randrange(len(data)) :][: rng.randint(1, 40)]
+        path.write_bytes(data)
+        try:
+            loaded = onnx_refit.Plan.load(path)
+        except OnnxRefitError:
+            continue
+        read += 1
+        assert loaded.weights is not None
+        for name, array in loaded.weights.items():
+            np.testing.assert_array_equal(array, mlp_weights()[name])
+    assert read < count / 2  # most mutations do damage

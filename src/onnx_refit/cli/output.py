@@ -79,8 +79,10 @@ def progress(
     what: str, total: float | None, *, as_bytes: bool = False, quiet: bool = False
 ) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr; yields a function that takes how much was done so far."""
+    console = err()
+    off = quiet or not console.is_terminal  # a log file wants no bars
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")]
     columns += [DownloadColumn(), TransferSpeedColumn()] if as_bytes else []
-    with Progress(*columns, TimeElapsedColumn(), console=err(), transient=True, disable=quiet) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=off) as bar:
         task = bar.add_task(escape(what), total=total)
         yield lambda done: bar.update(task, completed=done)

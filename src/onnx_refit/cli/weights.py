@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnx_refit.files import write_text
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.tensors import Array
 from onnx_refit.weights.delta import write_delta
 from onnx_refit.weights.diff import diff
 from onnx_refit.weights.diff_report import to_html, write_plot
@@ -78,6 +80,31 @@ def open_source(
         pairs = [_number(one, "--lora") if "=" in one else (one, 1.0) for one in lora]
         source = compose.lora(source, *pairs)
     return source if rules is None else Rules.load(rules).apply(source)
+
+
+class _Watched:
+    """A weight source that tells how many bytes were read from it."""
+
+    def __init__(self, source: WeightSource, done: Callable[[float], None]) -> None:
+        self._source, self._done, self._read = source, done, 0
+        self.description, self.specs = source.description, source.specs
+
+    def read(self, name: str) -> Array:
+        array = self._source.read(name)
+        self._read += array.nbytes
+        self._done(self._read)
+        return array
+
+    def close(self) -> None:
+        self._source.close()
+
+
+@contextlib.contextmanager
+def watched(what: str, source: WeightSource, *, quiet: bool) -> Iterator[WeightSource]:
+    """Show a progress bar with the rate while a source is read."""
+    total = sum(spec.nbytes for spec in source.specs.values() if spec.is_static)
+    with progress(what, total, as_bytes=True, quiet=quiet) as done:
+        yield _Watched(source, done)
 
 
 def plan_weights(path: str) -> WeightSource | None:
@@ -153,9 +180,9 @@ def check_command(
 
     Exit code 0 if a refit would be accepted, 1 if not.
     """
-    with spinner(f"checking {weights}", quiet=as_json):
-        source = open_source(weights, **composed)
-        report = api.check(plan, source, make_options(partial, allow_nonfinite, allow_rounding, measure=True))
+    opened = Plan.load(plan)
+    with watched(f"checking {weights}", open_source(weights, **composed), quiet=as_json) as source:
+        report = api.check(opened, source, make_options(partial, allow_nonfinite, allow_rounding, measure=True))
     if as_json:
         emit_json(report.to_json())
     else:
@@ -186,15 +213,19 @@ def refit_command(
     """Write PLAN with other WEIGHTS to OUTPUT; PLAN itself stays as it is unless OUTPUT names it."""
     started = time.perf_counter()
     opened = Plan.load(plan)
-    with spinner(f"refitting {plan}", quiet=as_json):
-        source = open_source(weights, **composed)
+    with watched(f"checking {weights}", open_source(weights, **composed), quiet=as_json) as source:
         refitted = api.refit_plan(opened, source, make_options(partial, allow_nonfinite, allow_rounding))
+    with spinner(f"writing {output}", quiet=as_json):
         refitted.save(output)
     seconds = time.perf_counter() - started
     if as_json:
         emit_json({"plan": str(output), "seconds": seconds, "weight_bytes": opened.weight_bytes})
         return
-    say(f"wrote {output}: {human_bytes(opened.weight_bytes)} of weights from {weights} in {seconds:.2f} s")
+    rate = opened.weight_bytes / 1e9 / seconds
+    say(
+        f"wrote {output}: {human_bytes(opened.weight_bytes)} of weights from {weights} "
+        f"in {seconds:.2f} s, {rate:.2f} GB/s"
+    )
 
 
 @click.command("diff")

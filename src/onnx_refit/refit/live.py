@@ -21,7 +21,7 @@ from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
 from onnx_refit.refit.report import RefitReport
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Staged
-from onnx_refit.refit.versions import Version, VersionInfo, VersionTable
+from onnx_refit.refit.versions import Version, VersionInfo, VersionList, VersionTable
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.fingerprint import fingerprint
@@ -105,7 +105,7 @@ class Engine:
         return self._versions.current.number
 
     @property
-    def versions(self) -> tuple[VersionInfo, ...]:
+    def versions(self) -> VersionList:
         """The last thousand versions and all stored ones, oldest first.
 
         Those ``held`` can be run and rolled back to at once; stored ones can be rolled back to.
@@ -116,7 +116,7 @@ class Engine:
                 if record.number not in infos:
                     stored = VersionInfo.stored(record.number, source_of(record), record.parent, record.committed)
                     infos[record.number] = stored
-            return tuple(infos[number] for number in sorted(infos))
+            return VersionList(infos[number] for number in sorted(infos))
 
     def fingerprint(self, version: int | None = None) -> str:
         """Sha256 (hex) over names, dtypes, shapes and bytes of a version's source weights, at about 1 GB/s.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -41,6 +42,29 @@ class VersionInfo:
     def stored(cls, number: int, source: str, parent: int | None, committed: datetime) -> VersionInfo:
         """A version that is only in the store."""
         return cls(number, source, parent, None, committed, 0, 0, current=False, held=False)
+
+
+class VersionList(tuple[VersionInfo, ...]):
+    """Versions, oldest first; a table in notebooks."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{'<b>' * info.current}{info.number}{'</b>' * info.current}</td>"
+            f"<td>{html.escape(info.source)}</td><td>{'' if info.parent is None else info.parent}</td>"
+            f"<td>{'all' if info.changed is None else len(info.changed)}</td>"
+            f"<td style='text-align:right'>{info.nbytes / 1e6:.2f}</td>"
+            f"<td style='text-align:right'>{info.shared_nbytes / 1e6:.2f}</td>"
+            f"<td>{info.committed:%Y-%m-%d %H:%M:%S}</td>"
+            f"<td>{'current' if info.current else 'held' if info.held else ''}</td></tr>"
+            for info in self
+        )
+        head = "".join(
+            f"<th>{title}</th>"
+            for title in ("version", "source", "parent", "changed", "MB", "shared MB", "committed (UTC)", "")
+        )
+        return f"<table><tr>{head}</tr>{rows}</table>"
 
 
 @dataclass(frozen=True)
