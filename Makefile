@@ -32,7 +32,7 @@ demo: $(VENV)/.installed  ## Run the main job: BiDAF prepared, built, refitted a
 	@$(BIN)/onnx-refit bidaf demo --bundled --output $(OUT)
 
 test: $(VENV)/.installed  ## Run the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # The server's tests have an environment of their own: see constraints/serve.in.
 $(VENV)-serve/.installed: pyproject.toml constraints/serve.txt

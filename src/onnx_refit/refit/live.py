@@ -66,7 +66,10 @@ class Engine:
         self._backend = backend
         self._derivation = Derivation(backend, plan.compiled.sources)
         self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
+        # One guards what is published; the other lets one refit at a time be staged, which may take long: a rollback
+        # does not wait for it. Taken in this order: staging, lock.
         self._lock = threading.RLock()
+        self._staging = threading.RLock()
         self._closed = False
         self._ledger = ledger if ledger is not None else MemoryLedger()
         first = self._derivation.version(weights, source)
@@ -207,7 +210,7 @@ class Engine:
             In every case the engine keeps serving the weights it had.
         """
         options = options if options is not None else CheckOptions(partial=partial)
-        with self._lock:
+        with self._staging:
             self._require_open()
             seconds: dict[str, float] = {}
             with timed(seconds, "open"):
@@ -347,7 +350,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; running afterwards raises EngineError. Calling it again does nothing."""
-        with self._lock:
+        with self._staging, self._lock:
             if not self._closed:
                 self._closed = True
                 self._backend.close()
