@@ -15,7 +15,7 @@ from onnx_refit.refit.ledger import StoreLedger
 from onnx_refit.refit.live import Engine
 from onnx_refit.tensors import Array
 from onnx_refit.weights.open import WeightsLike, open_weights
-from onnx_refit.weights.source import WeightSource
+from onnx_refit.weights.store import StoredVersion
 
 PlanLike = str | os.PathLike[str] | Plan
 
@@ -70,12 +70,12 @@ def load(
 
 
 def _first_weights(
-    plan: Plan, weights: WeightsLike | None, stored: WeightSource | None
+    plan: Plan, weights: WeightsLike | None, stored: StoredVersion | None
 ) -> tuple[Mapping[str, Array], str]:
     """The weights an engine starts with, and where they are from."""
     if stored is not None:
-        # They were checked when they were committed; NaN may have been allowed then.
-        return accepted_weights(plan, stored, CheckOptions(allow_nonfinite=True)), stored.description
+        # They were checked when they were committed, and have the model's own names.
+        return stored.read_many(source.spec.name for source in plan.compiled.sources), stored.description
     if weights is not None:
         return accepted_weights(plan, weights), "the weights given at load"
     return plan.require_weights(), "plan" if plan.path is None else str(plan.path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import onnx_refit
 from onnx_refit.errors import StoreError, StoreLockedError, VersionError
@@ -152,3 +153,65 @@ def kill_and_restart(plan_path: Path, store: Path, commits: int) -> None:
 def test_kill_9_leaves_one_whole_version(plan_path: Path, tmp_path: Path, commits: int) -> None:
     for _ in range(2):
         kill_and_restart(plan_path, tmp_path / "store", commits)
+
+
+# ---------------------------------------------------------------- damage
+
+
+def flip(path: Path, at: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def packs(store: Path) -> list[Path]:
+    return sorted((store / "packs").iterdir())
+
+
+def test_damaged_weights_are_never_served(plan_path: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with onnx_refit.load(plan_path, store=store, keep=1) as engine:
+        engine.refit(mlp_weights(1))
+        engine.refit(mlp_weights(2))
+        flip(packs(store)[1])
+        with pytest.raises(StoreError, match=r"tensor '[wb]\d' of version 2 is damaged"):
+            engine.rollback(to=2)
+        with pytest.raises(StoreError, match=r"tensor '[wb]\d' of version 2 is damaged"):
+            engine.fingerprint(2)
+        assert engine.version == 3
+        assert answers(engine, 2)
+        engine.forget(2)  # what is damaged can still be let go of
+    flip(packs(store)[-1])
+    for _ in range(2):  # a refusal gives the lock back
+        with pytest.raises(StoreError, match=r"tensor '[wb]\d' of version 3 is damaged"):
+            onnx_refit.load(plan_path, store=store)
+
+
+@pytest.mark.parametrize("at", [2, 8, 12, 80, 100, 120, -5])
+def test_a_pack_damaged_anywhere_is_an_error_of_the_store(plan_path: Path, tmp_path: Path, at: int) -> None:
+    onnx_refit.load(plan_path, store=tmp_path / "store").close()
+    flip(packs(tmp_path / "store")[0], at)
+    with pytest.raises(StoreError, match="damaged"):
+        onnx_refit.load(plan_path, store=tmp_path / "store")
+
+
+def test_stored_weights_are_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    """Square weights under the same names as in the checkpoint, where they are transposed."""
+    rng = np.random.default_rng(5)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in (("w", (24, 24)), ("b", (24,)))}
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Add", ["a", "b"], ["y"])],
+            "square",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 24])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 24])],
+            [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    plan = onnx_refit.build(model, checkpoint={"w": np.ascontiguousarray(weights["w"].T), "b": weights["b"]})
+    with onnx_refit.load(plan, store=tmp_path / "store") as engine:
+        before = engine.run({"x": X})["y"]
+    with onnx_refit.load(plan, store=tmp_path / "store") as engine:
+        np.testing.assert_array_equal(engine.run({"x": X})["y"], before)

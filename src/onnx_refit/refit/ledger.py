@@ -9,7 +9,7 @@ from typing import Protocol
 from onnx_refit.errors import StoreError
 from onnx_refit.tensors import Array
 from onnx_refit.weights.source import WeightSource
-from onnx_refit.weights.store import Store, VersionRecord
+from onnx_refit.weights.store import Store, StoredVersion, VersionRecord
 
 _PLAN = "plan"
 _SOURCE = "source"
@@ -40,7 +40,7 @@ class Ledger(Protocol):
         """Write down that a version is not wanted any more."""
         ...
 
-    def load(self, number: int) -> WeightSource | None:
+    def load(self, number: int) -> StoredVersion | None:
         """The source weights of a version that the engine does not hold any more; None if they are not kept."""
         ...
 
@@ -115,8 +115,11 @@ class StoreLedger:
                 hint="Choose another directory for this plan",
             )
 
-    def current(self) -> WeightSource | None:
-        """The weights of the version that was current when the last process ended; None in an empty store."""
+    def current(self) -> StoredVersion | None:
+        """The weights of the version that was current when the last process ended; None in an empty store.
+
+        They are by the model's own names, and hashed as they are read.
+        """
         record = self._store.current()
         return None if record is None else self._store.load(record.number)
 
@@ -141,8 +144,8 @@ class StoreLedger:
         self._store.delete(number)
         self._store.gc()
 
-    def load(self, number: int) -> WeightSource:
-        """A stored version; VersionError if there is none."""
+    def load(self, number: int) -> StoredVersion:
+        """A stored version, hashed as it is read; VersionError if there is none."""
         return self._store.load(number)
 
     def records(self) -> tuple[VersionRecord, ...]:

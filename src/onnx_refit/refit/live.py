@@ -327,7 +327,7 @@ class Engine:
         if not self._versions.holds(number):
             stored = self._ledger.load(number)
             if stored is not None:
-                weights = {name: stored.read(name) for name in self._plan.refittable}
+                weights = stored.read_many(self._plan.refittable)
                 return replace(self._derivation.version(weights, stored.description), number=number)
         return self._versions.get(number)
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from onnx_refit.weights.fingerprint import Fingerprint, combine, tensor_digest
 from onnx_refit.weights.store.disk import Disk, Lock, store_error, write_file
 from onnx_refit.weights.store.packs import Packs
 from onnx_refit.weights.store.records import Action, Entry, Manifest, VersionRecord, decode_entries, now
+
+_DAMAGED = "Roll back to another version, or restore the store from a backup"
 
 
 class Store:
@@ -80,7 +82,7 @@ class Store:
             return tuple(self._records[number] for number in sorted(self._records))
 
     def load(self, number: int) -> StoredVersion:
-        """The tensors of a version as a weight source, mapped from disk.
+        """The tensors of a version as a weight source, mapped from disk, each hashed as it is read.
 
         Raises:
             VersionError: there is no such version.
@@ -94,10 +96,8 @@ class Store:
         """Hash every tensor of a version again; StoreError names the first that is damaged."""
         with self._mutex:
             self._require(number)
-            manifest = self._manifest(number)
-            for name, digest in manifest.digests.items():
-                if tensor_digest(self._packs.read(digest, manifest.specs[name].dtype)) != digest:
-                    raise StoreError(f"tensor {name!r} of version {number} is damaged", where=self._path)
+            version = self.load(number)
+            version.read_many(version.specs)
 
     def fingerprint(self, number: int) -> Fingerprint:
         """Fingerprint and digests of a version, without reading its tensors; VersionError if there is none."""
@@ -313,11 +313,24 @@ class StoredVersion:
         return self._manifest.specs
 
     def read(self, name: str) -> Array:
-        """One tensor, read-only; StoreError if there is none, or its pack is damaged."""
+        """One tensor, read-only, hashed as it is read; StoreError if there is none, or it is damaged."""
         digest = self._manifest.digests.get(name)
         if digest is None:
             raise StoreError(f"holds no tensor {name!r}", where=self.description)
-        return self._packs.read(digest, self._manifest.specs[name].dtype)
+        damaged = f"tensor {name!r} of version {self._number} is damaged"
+        try:
+            array = self._packs.read(digest, self._manifest.specs[name].dtype)
+        except StoreError as error:
+            raise StoreError(f"{damaged}: {error.message}", where=error.where, hint=_DAMAGED) from error
+        if tensor_digest(array) != digest:
+            raise StoreError(f"{damaged}: its bits are not those that were committed", where=self._path, hint=_DAMAGED)
+        return array
+
+    def read_many(self, names: Iterable[str]) -> dict[str, Array]:
+        """Several tensors, hashed by many threads; StoreError as for ``read``."""
+        wanted = list(names)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return dict(zip(wanted, pool.map(self.read, wanted), strict=True))
 
     def close(self) -> None:
         """Do nothing: the store owns the packs."""
