@@ -14,7 +14,7 @@ from onnx_refit.compose import delta, lerp, lora
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.canary import Canary
-from onnx_refit.refit.check import CheckOptions, CheckReport
+from onnx_refit.refit.check import Casting, CheckOptions, CheckReport
 from onnx_refit.refit.live import Engine, Outputs
 from onnx_refit.refit.report import RefitReport
 from onnx_refit.refit.transaction import Staged
@@ -22,6 +22,7 @@ from onnx_refit.refit.transaction import Staged
 __all__ = [
     "BuildOptions",
     "Canary",
+    "Casting",
     "CheckOptions",
     "CheckReport",
     "Engine",

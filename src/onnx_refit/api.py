@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from onnx_refit.building import BuildOptions, build
 from onnx_refit.engine.registry import EngineOptions, create_backend
+from onnx_refit.errors import PlanError
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check import check as check_weights
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.ledger import StoreLedger
-from onnx_refit.refit.live import Engine
+from onnx_refit.refit.live import NOTHING_TO_REFIT, Engine
 from onnx_refit.tensors import Array
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.store import StoredVersion
@@ -114,6 +115,8 @@ def refit_plan(plan: PlanLike, weights: WeightsLike, options: CheckOptions | Non
 
 
 def _checked(plan: Plan, weights: WeightsLike, options: CheckOptions | None) -> tuple[CheckReport, dict[str, Array]]:
+    if not plan.refittable:
+        raise PlanError("the plan has no refittable weights", where=plan.path, hint=NOTHING_TO_REFIT)
     source = open_weights(weights)
     view = source if plan.names is None else plan.names.apply(source)
     held = plan.weights

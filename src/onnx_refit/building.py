@@ -36,6 +36,7 @@ class BuildOptions:
         prepare: run the preparation passes first (vocabulary extraction, operators that engines lack, ...).
         specialise: specialise for this host now and keep the result in the plan, so that loading is quick.
         engine: options of the engine.
+        base_dir: the folder of external data, for a model in memory; a file's own folder is known.
     """
 
     refittable: tuple[str, ...] = ()
@@ -43,6 +44,16 @@ class BuildOptions:
     prepare: bool = True
     specialise: bool = True
     engine: EngineOptions = field(default_factory=EngineOptions)
+    base_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        given: tuple[tuple[str, object], ...] = (("refittable", self.refittable), ("constant", self.constant))
+        for name, value in given:
+            if isinstance(value, str):
+                raise ModelError(f"{name} is one string, not a tuple of names", hint=f"Write {name}=({value!r},)")
+        both = sorted(set(self.refittable) & set(self.constant))
+        if both:
+            raise ModelError(f"named both refittable and constant: {', '.join(both)}")
 
 
 def build(
@@ -116,7 +127,7 @@ def _compiled(
 ) -> tuple[Plan, onnx.ModelProto]:
     """The plan without names, not specialised, and the model that was compiled."""
     proto = load_model(model, load_external_data=False)
-    base_dir = None if isinstance(model, onnx.ModelProto) else Path(model).absolute().parent
+    base_dir = options.base_dir if isinstance(model, onnx.ModelProto) else Path(model).absolute().parent
     fingerprint = model_fingerprint(model)
     # Before anything else: an exporter that merged equal tensors kept their names in Identity nodes at best.
     proto, splits = unmerge(proto, source, base_dir)

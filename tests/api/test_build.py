@@ -46,6 +46,21 @@ def test_weights_that_the_checkpoint_lacks_are_named() -> None:
     assert any(d.subject == "b2" and d.verdict.value == "rejected" for d in plan.compiled.decisions)
 
 
+def test_contradictory_options_are_refused() -> None:
+    with pytest.raises(ModelError, match="both refittable and constant: w1"):
+        onnx_refit.BuildOptions(refittable=("w1",), constant=("w1",))
+    with pytest.raises(ModelError, match="one string"):
+        onnx_refit.BuildOptions(constant="w1")  # type: ignore[arg-type]
+
+
+def test_an_output_without_a_shape_is_no_obstacle() -> None:
+    model = mlp()
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    x = mlp_input()
+    with onnx_refit.load(onnx_refit.build(model)) as engine:
+        np.testing.assert_allclose(engine.run({"x": x})["y"], mlp_reference(mlp_weights(), x), rtol=1e-4, atol=1e-4)
+
+
 def test_something_that_is_no_model_is_refused() -> None:
     with pytest.raises(ModelError, match="no path and no ONNX model"):
         onnx_refit.build(42)

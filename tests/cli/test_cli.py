@@ -256,6 +256,25 @@ def test_an_npz_with_pickles_is_refused(place: Path, capsys: pytest.CaptureFixtu
     assert "no npz file of plain arrays" in capsys.readouterr().err
 
 
+def test_an_input_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, inputs, plan = place / "mlp.onnx", place / "in.npz", place / "mlp.plan"
+    before = [path.read_bytes() for path in (model, inputs, plan)]
+    assert main(["build", str(model), "-o", str(model)]) == 1
+    assert main(["prepare", str(model), "-o", str(model)]) == 1
+    assert main(["run", str(plan), "--input", str(inputs), "-o", str(inputs)]) == 1
+    assert "would replace the input" in capsys.readouterr().err
+    assert [path.read_bytes() for path in (model, inputs, plan)] == before
+
+
+def test_names_cannot_command_the_terminal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {**mlp_weights(1), "\x1b[31mred": np.zeros(3, np.float32)}
+    safetensors.numpy.save_file(weights, place / "odd.safetensors")
+    assert main(["check", str(place / "mlp.plan"), str(place / "odd.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "red" in shown
+
+
 @pytest.mark.parametrize(
     "arguments", [["frobnicate"], ["build"], ["build", "a.onnx"], ["build", "a", "-o", "b", "--engine", "abacus"]]
 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
@@ -116,7 +119,9 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path, saved: Path) -> None:
     manifest = json.loads(SafetensorsSource(saved).metadata["manifest"])
     for key in list(manifest):
         broken = {name: value for name, value in manifest.items() if name != key}
-        path = rewritten(saved, tmp_path / "broken.plan", manifest=json.dumps(broken))
+        text = json.dumps(broken)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        path = rewritten(saved, tmp_path / "broken.plan", manifest=text, manifest_sha256=digest)
         if key == "producer":
             onnx_refit.Plan.load(path)
             continue
@@ -130,6 +135,24 @@ def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(PlanFormatError):
         onnx_refit.Plan.load(path)
+
+
+def test_tables_that_name_what_is_not_there_are_refused(tmp_path: Path, saved: Path) -> None:
+    original = json.loads(SafetensorsSource(saved).metadata["manifest"])
+    first = next(iter(original["passthrough"]))
+    lies = ({"passthrough": {first: "nobody"}}, {"passthrough": {"nobody": "w1"}}, {"dependencies": {"x": ["w1"]}})
+    for change in lies:
+        text = json.dumps({**original, **change})
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        path = rewritten(saved, tmp_path / "broken.plan", manifest=text, manifest_sha256=digest)
+        with pytest.raises(PlanFormatError, match="name what is not there"):
+            onnx_refit.Plan.load(path)
+
+
+def test_an_onnx_model_is_said_to_be_one(tmp_path: Path) -> None:
+    onnx.save(mlp(), tmp_path / "model.onnx")
+    with pytest.raises(PlanFormatError, match="ONNX model, not a plan"):
+        onnx_refit.Plan.load(tmp_path / "model.onnx")
 
 
 def test_no_such_file_and_a_directory_are_refused(tmp_path: Path) -> None:
@@ -161,8 +184,9 @@ def test_a_flipped_byte_never_goes_unseen(tmp_path: Path, saved: Path, data: st.
         loaded = onnx_refit.Plan.load(path)
     except PlanFormatError:
         return
-    # Only the header's free text (names of uses, reasons, padding) may differ without being damage.
+    # Only the header may differ without being damage: white space between its entries, metadata that nobody reads.
     assert at < header
+    assert loaded == replace(onnx_refit.Plan.load(saved), path=path, weights=loaded.weights)
     assert loaded.weights is not None
     for name, array in loaded.weights.items():
         np.testing.assert_array_equal(array, mlp_weights()[name])
@@ -193,6 +217,30 @@ def test_a_failing_disk_leaves_the_old_plan(
             plan.save(target, strip=True)
     assert target.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["mlp.plan"]
+
+
+def test_a_link_is_written_through_and_a_device_is_left_alone(tmp_path: Path, saved: Path) -> None:
+    plan = onnx_refit.Plan.load(saved)
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link.plan"
+    link.symlink_to(tmp_path / "folder" / "real.plan")
+    plan.save(link)
+    assert link.is_symlink()
+    assert onnx_refit.Plan.load(tmp_path / "folder" / "real.plan").fingerprint == plan.fingerprint
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        plan.save(pipe, strip=True)
+        assert os.read(reader, 8) != b""
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_directory_is_not_replaced(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(WriteError, match="directory"):
+        onnx_refit.Plan.load(saved).save(tmp_path)
 
 
 def test_a_missing_directory_is_said(tmp_path: Path, saved: Path) -> None:

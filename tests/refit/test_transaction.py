@@ -249,6 +249,17 @@ def test_a_bad_canary_stops_the_refit(engine: onnx_refit.Engine, canary: onnx_re
     assert answers(engine, mlp_weights(1))
 
 
+def test_what_a_canary_refused_is_committed_by_force_only(engine: onnx_refit.Engine) -> None:
+    staged = engine.stage(mlp_weights(1))
+    with pytest.raises(CanaryError):
+        staged.canary({"x": X}, {"y": np.zeros((3, 10))})
+    staged.canary({"x": X})
+    with pytest.raises(CanaryError, match="refused these weights"):
+        staged.commit()
+    assert engine.version == 1
+    assert staged.commit(force=True).version == 2
+
+
 # ---------------------------------------------------------------- faults, injected at every step
 
 
@@ -366,6 +377,42 @@ def test_a_stripped_plan_needs_weights(tmp_path: object, plan: onnx_refit.Plan) 
 def test_there_is_no_such_engine() -> None:
     with pytest.raises(EngineError, match="no engine 'abacus'"):
         onnx_refit.build(mlp(), engine="abacus")
+
+
+def test_a_plan_without_weights_says_so(plan: onnx_refit.Plan) -> None:
+    fixed = onnx_refit.build(mlp(), options=onnx_refit.BuildOptions(constant=("w1", "b1", "w2", "b2")))
+    with onnx_refit.load(fixed) as engine, pytest.raises(RefitError, match="no refittable weights"):
+        engine.refit(mlp_weights(1))
+    with pytest.raises(PlanError, match="no refittable weights"):
+        onnx_refit.check(fixed, mlp_weights(1))
+
+
+def test_partial_and_options_go_together(engine: onnx_refit.Engine) -> None:
+    given = {"b1": mlp_weights(1)["b1"]}
+    assert engine.refit(given, onnx_refit.CheckOptions(), partial=True).changed == ("b1",)
+
+
+def test_a_rollback_does_not_wait_for_a_refit_being_staged(
+    engine: onnx_refit.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.refit(mlp_weights(1))
+    begun, go_on = threading.Event(), threading.Event()
+    derive = type(engine._backend).derive
+
+    def slow(*arguments: object, **named: object) -> object:
+        begun.set()
+        assert go_on.wait(30)
+        return derive(*arguments, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine._backend), "derive", slow)
+        thread = threading.Thread(target=lambda: engine.stage(mlp_weights(2)).discard())
+        thread.start()
+        assert begun.wait(30)
+        assert engine.rollback().version == 1
+        assert answers(engine, mlp_weights(0))
+        go_on.set()
+        thread.join()
 
 
 def test_unknown_keep_is_refused(plan: onnx_refit.Plan) -> None:

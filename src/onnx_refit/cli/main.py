@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OnnxRefitError as error:
         return _failed(f"error: {error}", debug)
+    except OSError as error:
+        # Files that this library opens have errors of their own; this is stdout, or a full temporary directory.
+        return _failed(f"error: {error.filename or 'the output'}: {error.strerror or error}", debug)
     except MemoryError:
         return _failed("error: out of memory", debug)
     except Exception as error:  # noqa: BLE001 - the last line of defence: one line for people, --debug for the rest

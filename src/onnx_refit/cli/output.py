@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
+
+from onnx_refit.files import WriteError
+
+_WIDE = 200
+
+
+def refuse_overwrite(output: Path, *inputs: Path) -> None:
+    """WriteError if the output would replace what the command reads."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise WriteError("the output would replace the input", where=output, hint="Name another file with -o")
 
 
 def out() -> Console:
@@ -34,19 +46,37 @@ def emit_json(data: object) -> None:
     click.echo(json.dumps(data, indent=2, default=str))
 
 
+def plain(text: object) -> str:
+    """Text for a terminal: names come from files, and may hold what a terminal would obey."""
+    return escape(
+        "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+    )
+
+
 def say(text: str) -> None:
     """Print one line for people on stdout."""
-    out().print(escape(text))
+    out().print(plain(text))
+
+
+def counted(count: int, noun: str, nouns: str | None = None) -> str:
+    """``1 weight``, ``2 weights``."""
+    return f"{count} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
-    """Print a table; ``right`` lists the columns to align right."""
-    made = Table(title=escape(title), title_justify="left", title_style="bold")
+    """Print a table, unless it is empty; ``right`` lists the columns to align right."""
+    if not rows:
+        say(title)
+        return
+    made = Table(title=plain(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(str(cell)) for cell in row))
-    Console(highlight=False).print(made)
+        made.add_row(*(plain(cell) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDE)  # a file has room; names are broken as late as possible
+    console.print(made)
 
 
 def human_bytes(count: int) -> str:

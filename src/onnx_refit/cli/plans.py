@@ -8,7 +8,17 @@ from pathlib import Path
 import click
 
 from onnx_refit import api
-from onnx_refit.cli.output import emit_json, human_bytes, json_option, say, shape_text, spinner, table
+from onnx_refit.cli.output import (
+    counted,
+    emit_json,
+    human_bytes,
+    json_option,
+    refuse_overwrite,
+    say,
+    shape_text,
+    spinner,
+    table,
+)
 from onnx_refit.engine.registry import DEFAULT_ENGINE, engine_names
 from onnx_refit.files import write_bytes
 from onnx_refit.model.load import load_model
@@ -22,10 +32,13 @@ PATH = click.Path(path_type=Path)
 @click.command("prepare")
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Where to write the prepared model.")
-@click.option("--for", "engine", type=click.Choice(engine_names()), default=DEFAULT_ENGINE, help="Target.")
+@click.option(
+    "--for", "engine", type=click.Choice(engine_names()), default=DEFAULT_ENGINE, show_default=True, help="The engine."
+)
 @json_option
 def prepare_command(model: Path, output: Path, engine: str, as_json: bool) -> None:
     """Rewrite MODEL until the engine can run it; vocabularies become JSON files beside OUTPUT."""
+    refuse_overwrite(output, model)
     prepared = prepare(load_model(model), for_engine=engine)
     write_bytes(output, prepared.model.SerializeToString())
     vocabularies = []
@@ -46,7 +59,7 @@ def prepare_command(model: Path, output: Path, engine: str, as_json: bool) -> No
         return
     if changes:
         rows = [(name, change.node, change.op_type, change.what, change.why) for name, change in changes]
-        table(f"{len(changes)} changes", ["pass", "node", "operator", "what", "why"], rows)
+        table(counted(len(changes), "change"), ["pass", "node", "operator", "what", "why"], rows)
     if prepared.blockers:
         blocked = [(b.node, b.op_type, b.reason) for b in prepared.blockers]
         table(f"{len(blocked)} nodes left as they are", ["node", "operator", "reason"], blocked)
@@ -73,6 +86,7 @@ def build_command(
     as_json: bool,
 ) -> None:
     """Compile MODEL into a plan: one file, ready to load and to refit."""
+    refuse_overwrite(output, model)
     started = time.perf_counter()
     with spinner(f"compiling {model}", quiet=as_json):
         options = api.BuildOptions(refittable=refittable, constant=constant)
@@ -84,11 +98,12 @@ def build_command(
         return
     if plan.names is not None and plan.names.unmatched:
         shown = ", ".join(plan.names.unmatched[:5])
+        count = counted(len(plan.names.unmatched), "weight is", "weights are")
         say(
-            f"{len(plan.names.unmatched)} weights are not made of the checkpoint's tensors: {shown}. Later checkpoints "
+            f"{count} not made of the checkpoint's tensors: {shown}. Later checkpoints "
             "will be refused for lacking them, unless you keep them constant with --constant NAME"
         )
-    weights = f"{len(plan.refittable)} refittable weights, {human_bytes(plan.weight_bytes)}"
+    weights = f"{counted(len(plan.refittable), 'refittable weight')}, {human_bytes(plan.weight_bytes)}"
     say(f"wrote {output}: {weights}{' (left out)' if strip else ''}, built in {seconds:.2f} s")
 
 
@@ -133,11 +148,11 @@ def inspect_command(plan: Path, decisions: bool, as_json: bool) -> None:
     ]
     held = "left out" if opened.stripped else "held"
     table(
-        f"{len(weights)} refittable weights, {human_bytes(opened.weight_bytes)}, {held}",
+        f"{counted(len(weights), 'refittable weight')}, {human_bytes(opened.weight_bytes)}, {held}",
         ["weight", "dtype", "shape", "bytes", "read by", "engine weights"],
         weights,
         right=(3,),
     )
     if decisions:
         made = [(d.verdict.value, d.subject, d.action, d.reason) for d in opened.compiled.decisions]
-        table(f"{len(made)} decisions", ["verdict", "subject", "action", "reason"], made)
+        table(counted(len(made), "decision"), ["verdict", "subject", "action", "reason"], made)

@@ -12,7 +12,17 @@ import click
 import numpy as np
 
 from onnx_refit import api
-from onnx_refit.cli.output import emit_json, human_bytes, json_option, say, shape_text, spinner, table
+from onnx_refit.cli.output import (
+    counted,
+    emit_json,
+    human_bytes,
+    json_option,
+    refuse_overwrite,
+    say,
+    shape_text,
+    spinner,
+    table,
+)
 from onnx_refit.cli.plans import PATH
 from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.errors import InputError
@@ -51,6 +61,7 @@ def write_outputs(path: Path, outputs: dict[str, Array]) -> None:
 @json_option
 def run_command(plan: Path, input_path: Path, weights: str | None, output: Path, threads: int, as_json: bool) -> None:
     """Run one inference of PLAN on the arrays of an npz file."""
+    refuse_overwrite(output, input_path, plan)
     inputs = read_inputs(input_path)
     with api.load(plan, weights=weights, options=EngineOptions(threads=threads)) as engine:
         started = time.perf_counter()
@@ -62,7 +73,7 @@ def run_command(plan: Path, input_path: Path, weights: str | None, output: Path,
         emit_json({"output": str(output), "seconds": seconds, "version": outputs.version, "outputs": shapes})
         return
     rows = [(name, value.dtype, shape_text(value.shape)) for name, value in outputs.items()]
-    table(f"{len(rows)} outputs in {seconds * 1e3:.2f} ms", ["name", "dtype", "shape"], rows)
+    table(f"{counted(len(rows), 'output')} in {seconds * 1e3:.2f} ms", ["name", "dtype", "shape"], rows)
     say(f"wrote {output}")
 
 

@@ -12,9 +12,20 @@ from typing import Any
 import click
 
 from onnx_refit import api, compose
-from onnx_refit.cli.output import emit_json, human_bytes, json_option, progress, say, shape_text, spinner, table
+from onnx_refit.cli.output import (
+    counted,
+    emit_json,
+    human_bytes,
+    json_option,
+    progress,
+    say,
+    shape_text,
+    spinner,
+    table,
+)
 from onnx_refit.cli.plans import PATH
 from onnx_refit.files import write_text
+from onnx_refit.plan.file import is_plan
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.check_report import CheckReport
@@ -109,7 +120,7 @@ def watched(what: str, source: WeightSource, *, quiet: bool) -> Iterator[WeightS
 
 def plan_weights(path: str) -> WeightSource | None:
     """The weights of a plan file, or None if the path is something else."""
-    if not (path.endswith(".plan") and Path(path).is_file()):
+    if not Path(path).is_file() or not is_plan(Path(path)):
         return None
     return ArraysSource(Plan.load(path).require_weights(), path)
 
@@ -214,6 +225,7 @@ def refit_command(
     started = time.perf_counter()
     opened = Plan.load(plan)
     with watched(f"checking {weights}", open_source(weights, **composed), quiet=as_json) as source:
+        description = source.description
         refitted = api.refit_plan(opened, source, make_options(partial, allow_nonfinite, allow_rounding))
     with spinner(f"writing {output}", quiet=as_json):
         refitted.save(output)
@@ -223,7 +235,7 @@ def refit_command(
         return
     rate = opened.weight_bytes / 1e9 / seconds
     say(
-        f"wrote {output}: {human_bytes(opened.weight_bytes)} of weights from {weights} "
+        f"wrote {output}: {human_bytes(opened.weight_bytes)} of weights from {description} "
         f"in {seconds:.2f} s, {rate:.2f} GB/s"
     )
 
@@ -266,7 +278,8 @@ def diff_command(a: str, b: str, output: Path | None, html: Path | None, plot: P
     ]
     if rows:
         columns = ["tensor", "dtype", "shape", "bytes changed", "change / norm", "largest", "norm before", "norm after"]
-        title = f"{len(rows)} tensors differ, {len(found.tensors) - len(rows)} are equal"
+        equal = len(found.tensors) - len(rows)
+        title = f"{counted(len(rows), 'tensor differs', 'tensors differ')}, {counted(equal, 'is', 'are')} equal"
         table(title, columns, rows, right=(3, 4, 5, 6, 7))
     for title, specs in (
         ("another dtype or shape", [f"{one} became {other}" for one, other in found.reshaped]),
@@ -276,7 +289,7 @@ def diff_command(a: str, b: str, output: Path | None, html: Path | None, plot: P
         if specs:
             table(title, ["tensor"], [(spec,) for spec in specs])
     if summary is not None:
-        say(f"wrote {output}: {human_bytes(summary.nbytes)} for {len(summary.changed)} tensors")
+        say(f"wrote {output}: {human_bytes(summary.nbytes)} for {counted(len(summary.changed), 'tensor')}")
     for path in (html, plot):
         if path is not None:
             say(f"wrote {path}")

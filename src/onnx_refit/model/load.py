@@ -194,11 +194,19 @@ def check_model(model: ModelProto, path: Path | None = None) -> None:
 
 
 def _bare(model: ModelProto) -> ModelProto:
-    """The model for the checker, which looks external data up: a tensor that is elsewhere becomes an empty one."""
-    if not any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(model)):
+    """The model for the checker: a tensor that is elsewhere becomes an empty one, an unknown shape some shape.
+
+    The checker looks external data up, and wants every output to have a shape, which ONNX Runtime does not.
+    """
+    outputs = [value.type for value in model.graph.output if value.type.HasField("tensor_type")]
+    known = all(kind.tensor_type.HasField("shape") for kind in outputs)
+    if known and not any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(model)):
         return model
     bare = ModelProto()
     bare.CopyFrom(model)
+    for value in bare.graph.output:
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
     for tensor in _tensors(bare):
         if tensor.data_location == TensorProto.EXTERNAL:
             name, kind = tensor.name, tensor.data_type

@@ -6,6 +6,7 @@ Weights are tensors named ``weights/NAME`` in their own dtype and shape. Graphs 
     format            "onnx-refit plan"
     format_version    "1"
     manifest          JSON: producer, engine, fingerprints, tables, the sha256 of every section and weight
+    manifest_sha256   of the text of the manifest
 
 So a plan is read by mapping it into memory; nothing in it is executed, and no part of it is trusted before its digest
 was compared.
@@ -72,7 +73,13 @@ def write_plan(plan: Plan, path: Path, *, strip: bool) -> Path:
         ],
         "sha256": _digests(stored),
     }
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "manifest": json.dumps(manifest)}
+    text = json.dumps(manifest)
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "manifest": text,
+        "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
     write_safetensors(path, ArraysSource(stored), metadata)
     return path
 
@@ -113,6 +120,10 @@ def read_plan(path: Path, *, verify: bool) -> Plan:
     except WeightsError as error:
         if type(error) is WeightsError:  # the operating system refused: no such file, no permission
             raise
+        if _looks_like_onnx(path):
+            raise PlanFormatError(
+                "this is an ONNX model, not a plan", where=path, hint="Build a plan from it: onnx-refit build"
+            ) from error
         raise PlanFormatError(f"this is no whole plan: {error.message}", where=path, hint=_AGAIN) from error
     metadata = file.metadata
     if metadata.get("format") != FORMAT:
@@ -125,9 +136,13 @@ def read_plan(path: Path, *, verify: bool) -> Plan:
             hint="Build the plan again with this version of onnx-refit",
         )
     try:
-        manifest = json.loads(metadata["manifest"])
+        text = metadata["manifest"]
+        if metadata["manifest_sha256"] != hashlib.sha256(text.encode()).hexdigest():
+            raise PlanFormatError("the manifest is damaged", where=path, hint=_AGAIN)
+        manifest = json.loads(text)
         digests: dict[str, str] = manifest["sha256"]
         plan = _assemble(path, file, manifest, digests)
+        _require_consistent(plan, path)
     except (KeyError, TypeError, ValueError, AttributeError, DecodeError, WeightsError, ModelError) as error:
         if isinstance(error, PlanFormatError):
             raise
@@ -142,6 +157,39 @@ def read_plan(path: Path, *, verify: bool) -> Plan:
                 hint=_AGAIN,
             )
     return plan
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file says of itself that it is a plan, of whatever version."""
+    try:
+        return SafetensorsSource(path).metadata.get("format") == FORMAT
+    except WeightsError:
+        return False
+
+
+def _looks_like_onnx(path: Path) -> bool:
+    """Whether the first field of the file is the IR version of an ONNX model."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return len(start) == 2 and start[0] == 0x08 and start[1] <= onnx.IR_VERSION + 10
+
+
+def _require_consistent(plan: Plan, path: Path) -> None:
+    """PlanFormatError unless the tables name each other's entries only."""
+    compiled = plan.compiled
+    sources = {source.spec.name for source in compiled.sources}
+    engine = {spec.name for spec in compiled.engine_weights}
+    program = compiled.program
+    on = {name for names in program.dependencies.values() for name in names}
+    declared = {value.name for value in compiled.activation.graph.input}
+    if not (
+        set(program.passthrough) <= engine
+        and set(program.passthrough.values()) <= sources
+        and set(program.dependencies) <= engine
+        and on <= sources
+        and engine <= declared
+    ):
+        raise PlanFormatError("the plan's tables name what is not there", where=path, hint=_AGAIN)
 
 
 def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], digests: dict[str, str]) -> Plan:

@@ -88,7 +88,9 @@ class Plan:
         """The weights the plan holds; PlanError if it is stripped."""
         if self.weights is None:
             raise PlanError(
-                "the plan is stripped: it holds no weights", where=self.path, hint="Load it with weights=CHECKPOINT"
+                "the plan is stripped: it holds no weights",
+                where=self.path,
+                hint="Give it a complete checkpoint to start with",
             )
         return self.weights
 
@@ -164,6 +166,10 @@ class Plan:
                 where=self.path,
                 hint="Build the plan again",
             )
+
+    def __repr__(self) -> str:
+        weights = "stripped" if self.stripped else f"{self.weight_bytes / 1e6:.2f} MB"
+        return f"<Plan for {self.engine}: {len(self.refittable)} refittable weights, {weights}>"
 
     def _repr_html_(self) -> str:
         """A summary for notebooks."""

@@ -37,6 +37,8 @@ class InputChecker:
             InputError: an input is missing, unknown, of another dtype, of a shape that does not fit, or two inputs
                 disagree about a named dimension.
         """
+        if not isinstance(given, Mapping):
+            raise InputError(f"the inputs are a {type(given).__name__}, not a mapping of names to arrays")
         if self._maps:
             given = self._mapped(given)
         if len(given) != len(self._specs) or any(name not in self._specs for name in given):

@@ -28,6 +28,8 @@ from onnx_refit.weights.fingerprint import fingerprint
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.source import WeightSource
 
+NOTHING_TO_REFIT = "Name the tensors to refit at build time (refittable=...)"
+
 
 class Outputs(dict[str, Array]):
     """Output name -> array, and which version of the weights answered."""
@@ -209,9 +211,12 @@ class Engine:
             EngineError: the derivation failed.
             In every case the engine keeps serving the weights it had.
         """
-        options = options if options is not None else CheckOptions(partial=partial)
+        options = options if options is not None else CheckOptions()
+        options = replace(options, partial=options.partial or partial)
         with self._staging:
             self._require_open()
+            if not self._plan.refittable:
+                raise RefitError("the plan has no refittable weights", hint=NOTHING_TO_REFIT)
             seconds: dict[str, float] = {}
             with timed(seconds, "open"):
                 opened = open_weights(source)
@@ -359,6 +364,10 @@ class Engine:
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"version {self.version}"
+        return f"<Engine on {self._backend.name}, {len(self._plan.refittable)} refittable weights, {state}>"
 
     def __enter__(self) -> Engine:
         return self

@@ -13,6 +13,10 @@ from onnx_refit.refit.check_report import CheckReport
 GB = 1e9
 
 
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes} bytes"
+
+
 @dataclass(frozen=True)
 class RefitReport:
     """The account of one committed refit or rollback.
@@ -65,10 +69,12 @@ class RefitReport:
         }
 
     def __str__(self) -> str:
+        if self.check is None:
+            return f"version {self.version} (was {self.previous}): {self.source}, {self.total_seconds * 1e3:.2f} ms"
         stages = ", ".join(f"{stage} {seconds * 1e3:.2f} ms" for stage, seconds in self.seconds.items())
         return (
-            f"version {self.version} (was {self.previous}) from {self.source}: {len(self.changed)} weights changed, "
-            f"{len(self.unchanged)} unchanged, {self.nbytes / 1e6:.2f} MB "
+            f"version {self.version} (was {self.previous}) from {self.source}: "
+            f"{len(self.changed)} of {len(self.changed) + len(self.unchanged)} weights changed, {_size(self.nbytes)} "
             f"in {self.total_seconds * 1e3:.2f} ms ({stages})"
         )
 

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from onnx_refit.engine.protocol import WeightSet
-from onnx_refit.errors import RefitError
+from onnx_refit.errors import CanaryError, RefitError
 from onnx_refit.refit.canary import Canary, CanaryResult, run_canary
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.tensors import Array
@@ -52,7 +52,7 @@ class Candidate:
     check: CheckReport
 
 
-@dataclass
+@dataclass(repr=False)
 class Staged:
     """A weight set that is ready and that nobody's requests see yet.
 
@@ -64,6 +64,7 @@ class Staged:
     seconds: dict[str, float] = field(default_factory=dict)
     state: State = State.STAGED
     canaries: list[CanaryResult] = field(default_factory=list)
+    refused: CanaryError | None = None
 
     @property
     def check(self) -> CheckReport:
@@ -94,27 +95,40 @@ class Staged:
             accept: the caller's own judge, see ``Canary.accept``.
 
         Raises:
-            CanaryError: refused; the set stays staged and can be run, discarded, or committed all the same.
+            CanaryError: refused; the set stays staged and can be run or discarded, but is committed only by force.
         """
         self._require_staged("try a canary on")
         canary = inputs if isinstance(inputs, Canary) else Canary(inputs, expect, rtol, atol, accept)
         started = time.perf_counter()
         try:
             result = run_canary(canary, self.run)
+        except CanaryError as error:
+            self.refused = error
+            raise
         finally:
             self.seconds["canary"] = self.seconds.get("canary", 0.0) + time.perf_counter() - started
         self.canaries.append(result)
         return result
 
-    def commit(self) -> RefitReport:
+    def commit(self, *, force: bool = False) -> RefitReport:
         """Publish the staged weights: requests that start from now on use them; running ones finish on the old.
 
+        Args:
+            force: publish although a canary refused.
+
         Raises:
+            CanaryError: a canary refused these weights.
             RefitError: already committed or discarded, or another version was committed since this one was staged
                 from it and this one replaces only some weights.
             StoreError: the durable store could not take the version; nothing was published.
         """
         self._require_staged("commit")
+        if self.refused is not None and not force:
+            raise CanaryError(
+                f"a canary refused these weights ({self.refused.message})",
+                where=self.refused.where,
+                hint="Discard them, or commit with force=True",
+            )
         report = self._engine.publish(self)
         self.state = State.COMMITTED
         return report
@@ -128,6 +142,10 @@ class Staged:
     def _require_staged(self, verb: str) -> None:
         if self.state is not State.STAGED:
             raise RefitError(f"cannot {verb} a refit that was {self.state.value}", hint="Stage the weights again")
+
+    def __repr__(self) -> str:
+        what = "" if self.state is State.DISCARDED else f": {len(self.candidate.changed)} weights changed"
+        return f"<Staged ({self.state.value}){what}>"
 
     def __enter__(self) -> Staged:
         return self

@@ -48,7 +48,7 @@ def get_plan(
         _require_same(plan, engine, _maps_of(model, model_path), plan_path)
     except PlanError as error:
         if error.hint is None or "rebuild" not in error.hint:
-            error.hint = " ".join(filter(None, (error.hint, "Use --rebuild to build it anew")))
+            error.hint = ". ".join(filter(None, (error.hint, "Use --rebuild to build it anew")))
         raise
     return plan
 
