@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_refit
-from onnx_refit.errors import StoreError, StoreLockedError, VersionError
+from onnx_refit.errors import StoreError, StoreLockedError, VersionError, WeightsError
 from onnx_refit.weights.store import Store
 from tests.support.models import conv_bn, mlp, mlp_input, mlp_reference, mlp_weights
 
@@ -215,3 +215,29 @@ def test_stored_weights_are_never_taken_for_a_checkpoint(tmp_path: Path) -> None
         before = engine.run({"x": X})["y"]
     with onnx_refit.load(plan, store=tmp_path / "store") as engine:
         np.testing.assert_array_equal(engine.run({"x": X})["y"], before)
+
+
+def test_rollback_after_a_restart_goes_to_the_version_before(plan_path: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with onnx_refit.load(plan_path, store=store) as engine:
+        with pytest.raises(VersionError, match="no earlier"):
+            engine.rollback()
+        for seed in (1, 2, 3):
+            engine.refit(mlp_weights(seed))
+        engine.rollback(to=2)  # in the order of the journal: 1, 3, 4, 2
+    with onnx_refit.load(plan_path, store=store) as engine:
+        assert engine.rollback().version == 4
+        assert answers(engine, 3)
+        assert engine.rollback().version == 2
+        engine.forget(4)
+    with onnx_refit.load(plan_path, store=store) as engine:
+        assert engine.rollback().version == 3
+        assert answers(engine, 2)
+
+
+def test_an_empty_path_is_not_the_current_directory(plan_path: Path) -> None:
+    with pytest.raises(StoreError, match="the path is empty"):
+        onnx_refit.load(plan_path, store="")
+    for given in (lambda: onnx_refit.load(plan_path, weights=""), lambda: onnx_refit.check(plan_path, "")):
+        with pytest.raises(WeightsError, match="the path is empty"):
+            given()

@@ -124,14 +124,14 @@ def test_a_mostly_dead_pack_is_compacted(tmp_path: Path) -> None:
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     store = Store.open(tmp_path)
-    with pytest.raises(StoreLockedError, match=f"process {os.getpid()}"):
+    with pytest.raises(StoreLockedError, match=rf"this very process \({os.getpid()}\) has .* open\. Close"):
         Store.open(tmp_path)
     child = os.fork()
     if child == 0:
         try:
             Store.open(tmp_path)
-        except StoreLockedError:
-            os._exit(0)
+        except StoreLockedError as error:
+            os._exit(0 if f"process {os.getppid()} is writing" in str(error) else 2)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     store.close()
@@ -163,7 +163,7 @@ def test_damage_is_seen(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     good = journal.read_bytes()
     journal.write_bytes(b"x" + good)
-    with pytest.raises(StoreError, match="damaged in the middle"):
+    with pytest.raises(StoreError, match=rf"{journal}: .* damaged in the middle, at byte 0"):
         Store.open(tmp_path)
     journal.write_bytes(good + b"half a li")
     with Store.open(tmp_path) as store:
@@ -183,8 +183,52 @@ def test_damage_is_seen(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError):
+    with pytest.raises(StoreError, match="file: is a file, not a directory"):
         Store.open(tmp_path / "file")
+    with pytest.raises(StoreError, match="part of the path is a file"):
+        Store.open(tmp_path / "file" / "store")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "packs").write_text("")
+    with pytest.raises(StoreError, match="there is a file where the store needs a directory"):
+        Store.open(tmp_path / "s")
+    with pytest.raises(StoreError, match="the path is empty"):
+        Store.open("")
+
+
+def test_a_journal_that_is_gone_is_missed(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        store.commit(arrays(1))
+    lines = (tmp_path / "journal").read_bytes()
+    (tmp_path / "journal").unlink()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="the file 'journal' is missing, though there are 1 packs"):
+            Store.open(tmp_path)
+    (tmp_path / "journal").write_bytes(lines)
+    with Store.open(tmp_path) as store:
+        check(store, 1, 1)
+        (tmp_path / "journal").unlink()
+        with pytest.raises(StoreError, match="the file 'journal' is gone"):
+            store.commit(arrays(2))
+    (tmp_path / "new").mkdir()
+    with Store.open(tmp_path / "new") as store:
+        assert (tmp_path / "new" / "journal").exists()
+        assert store.previous(1) is None
+
+
+def test_a_first_commit_that_was_cut_short_leaves_an_empty_store(tmp_path: Path) -> None:
+    counting = FaultyDisk()
+    with opened(tmp_path / "clean", counting) as store:
+        store.commit(arrays(1))
+    for step in range(counting.steps):
+        disk = FaultyDisk(step, kill=True)
+        with contextlib.suppress(Killed), opened(tmp_path / str(step), disk) as store:
+            store.commit(arrays(1))
+        for descriptor in list(disk.open):
+            os.close(descriptor)
+        disk.cut_power(random.Random(step))
+        with Store.open(tmp_path / str(step)) as store:
+            assert len(store.versions()) <= 1
+            store.commit(arrays(2))
 
 
 # ---------------------------------------------------------------- faults at every step

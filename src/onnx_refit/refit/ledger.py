@@ -40,6 +40,10 @@ class Ledger(Protocol):
         """Write down that a version is not wanted any more."""
         ...
 
+    def previous(self, number: int) -> int | None:
+        """The version, other than a given one, that was current last; None if there is none, or nothing is kept."""
+        ...
+
     def load(self, number: int) -> StoredVersion | None:
         """The source weights of a version that the engine does not hold any more; None if they are not kept."""
         ...
@@ -72,6 +76,10 @@ class MemoryLedger:
 
     def forget(self, number: int) -> None:
         """Do nothing."""
+
+    def previous(self, number: int) -> None:
+        """None: nothing is kept."""
+        return
 
     def load(self, number: int) -> None:
         """None: nothing is kept."""
@@ -143,6 +151,10 @@ class StoreLedger:
         """Delete a version and free what no other needs."""
         self._store.delete(number)
         self._store.gc()
+
+    def previous(self, number: int) -> int | None:
+        """The stored version that was current last before a given one."""
+        return self._store.previous(number)
 
     def load(self, number: int) -> StoredVersion:
         """A stored version, hashed as it is read; VersionError if there is none."""

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from onnx_refit.engine.protocol import Backend, FullSpeed, WeightSet
-from onnx_refit.errors import EngineError, InputError, RefitError
+from onnx_refit.errors import EngineError, InputError, RefitError, VersionError
 from onnx_refit.model.vocabulary import apply_maps
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.plan.plan import Plan
@@ -312,7 +312,7 @@ class Engine:
             self._require_open()
             before = self._versions.current
             with timed(seconds, "derive"):
-                target = self._versions.previous() if to is None else self._held_or_stored(to)
+                target = self._previous() if to is None else self._held_or_stored(to)
             with timed(seconds, "store"):
                 self._ledger.rollback(target.number)
             with timed(seconds, "commit"):
@@ -327,6 +327,15 @@ class Engine:
             seconds=seconds,
             full_speed=target.weights.full_speed,
         )
+
+    def _previous(self) -> Version:
+        try:
+            return self._versions.previous()
+        except VersionError:
+            number = self._ledger.previous(self._versions.current.number)
+            if number is None:
+                raise
+            return self._held_or_stored(number)
 
     def _held_or_stored(self, number: int) -> Version:
         if not self._versions.holds(number):

@@ -62,6 +62,8 @@ def open_weights(source: WeightsLike, *, progress: Callable[[int, str], None] | 
     if not isinstance(source, str | os.PathLike):
         raise WeightsError(f"a value of type {type(source).__name__} is no checkpoint", hint=_KINDS)
     text = os.fspath(source)
+    if not text:
+        raise WeightsError("the path is empty", hint=_KINDS)
     if is_url(text):
         return RemoteSource(text, open_path, progress)
     return open_path(Path(text))

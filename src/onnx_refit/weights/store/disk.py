@@ -16,6 +16,9 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.ENOTDIR: "part of the path is a file, not a directory",
+    errno.EEXIST: "there is a file where the store needs a directory",
+    errno.EISDIR: "there is a directory where the store needs a file",
 }
 
 
@@ -121,10 +124,15 @@ class Lock:
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 20, 0).decode(errors="replace").strip()
             self.release()
+            own = holder == str(os.getpid())
             raise StoreLockedError(
-                f"process {holder or 'unknown'} is writing to this store",
+                f"this very process ({holder}) has the store open"
+                if own
+                else f"process {holder or 'unknown'} is writing to this store",
                 where=path.parent,
-                hint="Wait until it ends, or use another store",
+                hint="Close the engine that has it, or use another store"
+                if own
+                else "Wait until it ends, or use another store",
             ) from error
         except OSError as error:
             self.release()

@@ -74,7 +74,7 @@ class Entry:
         return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def decode_entries(data: bytes) -> tuple[list[Entry], int]:
+def decode_entries(data: bytes, where: object = None) -> tuple[list[Entry], int]:
     """The sound lines from the start of a journal, and how many bytes they take.
 
     What follows the last sound line is what a crash cut short; it was never committed.
@@ -90,7 +90,11 @@ def decode_entries(data: bytes) -> tuple[list[Entry], int]:
         if entry is None:
             rest = data[end + 1 :].split(b"\n") if end >= 0 else []
             if any(_decode(line) is not None for line in rest):
-                raise StoreError("the journal is damaged in the middle", where=f"byte {at}")
+                raise StoreError(
+                    f"the journal is damaged in the middle, at byte {at}",
+                    where=where,
+                    hint="Restore the store from a backup",
+                )
             break
         entries.append(entry)
         at = end + 1

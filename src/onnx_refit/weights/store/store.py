@@ -37,11 +37,14 @@ class Store:
         self._records: dict[int, VersionRecord] = {}
         self._manifests: dict[int, Manifest] = {}
         self._hashes: dict[int, str] = {}
+        self._order: list[int] = []  # in which versions were current last
         self._current: int | None = None
         self._last = 0
         self._length = 0  # of the sound part of the journal
         self._sound = True
         try:
+            if path.exists() and not path.is_dir():
+                raise StoreError("is a file, not a directory", where=path, hint="Name the directory of the store")
             for directory in (path, path / "packs", path / "manifests"):
                 disk.make_directory(directory)
         except OSError as error:
@@ -67,6 +70,8 @@ class Store:
             StoreLockedError: another process, or another object of this one, writes to it.
             StoreError: it cannot be written, or is damaged.
         """
+        if not os.fspath(path):
+            raise StoreError("the path is empty", hint="Name the directory of the store")
         return cls(Path(path), disk or Disk())
 
     # ------------------------------------------------------------------ reading
@@ -80,6 +85,11 @@ class Store:
         """All versions, oldest first."""
         with self._mutex:
             return tuple(self._records[number] for number in sorted(self._records))
+
+    def previous(self, number: int) -> int | None:
+        """The version, other than a given one, that was current last; None if there is none."""
+        with self._mutex:
+            return next((other for other in reversed(self._order) if other != number), None)
 
     def load(self, number: int) -> StoredVersion:
         """The tensors of a version as a weight source, mapped from disk, each hashed as it is read.
@@ -234,16 +244,35 @@ class Store:
     def _recover(self) -> None:
         """Read the journal, cut off what a crash left of an unfinished line, and clear away unfinished files."""
         journal = self._journal_path()
-        data = journal.read_bytes() if journal.exists() else b""
-        entries, self._length = decode_entries(data)
+        if not journal.exists():
+            self._begin(journal)
+        data = journal.read_bytes()
+        entries, self._length = decode_entries(data, journal)
         if self._length < len(data):
             self._disk.truncate(journal, self._length)
         for entry in entries:
             self._apply(entry)
         self._clear()
 
+    def _begin(self, journal: Path) -> None:
+        """Write an empty journal, before there is anything else; StoreError where there is."""
+        for kind in ("packs", "manifests"):
+            held = sum(1 for path in (self._path / kind).iterdir() if path.suffix != ".tmp")
+            if held:
+                raise StoreError(
+                    f"the file 'journal' is missing, though there are {held} {kind}",
+                    where=self._path,
+                    hint="Restore it from a backup, or name another directory",
+                )
+        self._disk.close(self._disk.open_append(journal))
+        self._disk.sync_directory(self._path)
+
     def _apply(self, entry: Entry) -> None:
         number = entry.number
+        if number in self._order:
+            self._order.remove(number)
+        if entry.action is not Action.DELETE:
+            self._order.append(number)
         if entry.action is Action.COMMIT and entry.record is not None:
             self._records[number], self._hashes[number] = entry.record, entry.manifest
             self._current = number
@@ -270,7 +299,8 @@ class Store:
         """Append a line durably: the moment of a commit. On failure the line is taken back."""
         journal = self._journal_path()
         line = entry.encode()
-        fresh = not journal.exists()
+        if not journal.exists():
+            raise StoreError("the file 'journal' is gone", where=self._path, hint="Restore it, or use another store")
         try:
             descriptor = self._disk.open_append(journal)
             try:
@@ -278,8 +308,6 @@ class Store:
                 self._disk.sync(descriptor)
             finally:
                 self._disk.close(descriptor)
-            if fresh:
-                self._disk.sync_directory(self._path)
         except OSError:
             self._take_back(journal)
             raise
