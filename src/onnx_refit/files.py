@@ -94,8 +94,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file readable by its owner alone; give it what open() would have given.
-        temporary.chmod(0o666 & ~_UMASK)
+        # mkstemp makes the file readable by its owner alone; give it what the old one had, or open() would give.
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_UMASK)
         temporary.replace(target)
         temporary = None
         sync_directory(target.parent)

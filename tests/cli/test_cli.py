@@ -250,6 +250,49 @@ def test_bad_inputs_fail_with_one_line(
     assert not (place / "new").exists()
 
 
+def test_a_single_array_is_no_set_of_inputs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(place / "one.npy", mlp_input())
+    assert main(["run", str(place / "mlp.plan"), "--input", str(place / "one.npy"), "-o", str(place / "new")]) == 1
+    assert "npy, not npz" in capsys.readouterr().err
+
+
+def test_outputs_may_have_any_name_and_dtype(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Cast", ["x"], ["file"], to=onnx.TensorProto.BFLOAT16)
+    graph = onnx.helper.make_graph(
+        [node],
+        "cast",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])],
+        [onnx.helper.make_tensor_value_info("file", onnx.TensorProto.BFLOAT16, [2])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, tmp_path / "cast.onnx")
+    np.savez(tmp_path / "in.npz", x=np.array([1.5, -2.0], np.float32))
+    plan, out = str(tmp_path / "cast.plan"), tmp_path / "out.npz"
+    assert main(["build", str(tmp_path / "cast.onnx"), "-o", plan]) == 0
+    assert main(["run", plan, "--input", str(tmp_path / "in.npz"), "-o", str(out)]) == 0
+    np.testing.assert_array_equal(np.load(out)["file"], np.array([1.5, -2.0], np.float32))
+
+
+def test_vocabularies_stay_in_the_folder_of_the_output(tmp_path: Path) -> None:
+    mapper = onnx.helper.make_node(
+        "CategoryMapper", ["w"], ["i"], name="/../../escaped", domain="ai.onnx.ml", cats_strings=["a"], cats_int64s=[3]
+    )
+    graph = onnx.helper.make_graph(
+        [mapper, onnx.helper.make_node("Neg", ["i"], ["y"])],
+        "words",
+        [onnx.helper.make_tensor_value_info("w", onnx.TensorProto.STRING, [2])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT64, [2])],
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("ai.onnx.ml", 1)]
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), folder / "words.onnx")
+    assert main(["prepare", str(folder / "words.onnx"), "-o", str(folder / "ready.onnx")]) == 0
+    written = {path.name for path in tmp_path.rglob("*.json")}
+    assert written == {path.name for path in folder.glob("*.json")}
+    assert len(written) == 1
+
+
 def test_an_npz_with_pickles_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(place / "evil.npz", x=np.array([{"a": 1}], dtype=object))
     assert main(["run", str(place / "mlp.plan"), "--input", str(place / "evil.npz"), "-o", str(place / "new")]) == 1

@@ -149,6 +149,26 @@ def test_tables_that_name_what_is_not_there_are_refused(tmp_path: Path, saved: P
             onnx_refit.Plan.load(path)
 
 
+def test_a_plan_that_reads_other_files_is_refused(tmp_path: Path, saved: Path) -> None:
+    plan = onnx_refit.Plan.load(saved)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"key!" * 64)
+    tensor = plan.compiled.activation.graph.initializer.add()
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(64, np.float32), "stolen"))
+    onnx.external_data_helper.set_external_data(tensor, "secret")
+    tensor.ClearField("raw_data")
+    path = plan.save(tmp_path / "thief.plan")
+    with pytest.raises(PlanFormatError, match="reads from other files"):
+        onnx_refit.Plan.load(path)
+
+
+def test_permissions_of_a_replaced_plan_stay(tmp_path: Path, saved: Path) -> None:
+    path = onnx_refit.Plan.load(saved).save(tmp_path / "mlp.plan")
+    path.chmod(0o600)
+    onnx_refit.refit_plan(path, mlp_weights(1)).save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_an_onnx_model_is_said_to_be_one(tmp_path: Path) -> None:
     onnx.save(mlp(), tmp_path / "model.onnx")
     with pytest.raises(PlanFormatError, match="ONNX model, not a plan"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
 
 import onnx_refit
 from onnx_refit.errors import CanaryError, EngineError, InputError, OnnxRefitError, PlanError, RefitError, VersionError
+from onnx_refit.refit.canary import run_canary
 from onnx_refit.tensors import Array
 from tests.support.models import (
     conv_bn,
@@ -216,7 +218,53 @@ def test_folded_weights_refit_partially_and_roll_back() -> None:
         np.testing.assert_allclose(engine.run({"x": x})["y"], expected(weights), rtol=1e-4, atol=1e-5)
 
 
+def test_the_arrays_given_at_load_may_change_afterwards() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 9, 9)).astype(np.float32)
+    given, weights = conv_bn_weights(1), conv_bn_weights(1)
+    with onnx_refit.load(onnx_refit.build(conv_bn()), weights=given) as engine:
+        fingerprint = engine.fingerprint()
+        for array in given.values():
+            array[...] = 9
+        assert engine.fingerprint() == fingerprint
+        weights["scale"] = conv_bn_weights(2)["scale"]
+        engine.refit({"scale": weights["scale"]}, partial=True)
+        session = ort.InferenceSession(conv_bn(weights).SerializeToString(), providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(engine.run({"x": x})["y"], session.run(None, {"x": x})[0], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_read_back_cannot_be_used_to_change_the_engine() -> None:
+    with onnx_refit.load(onnx_refit.build(conv_bn())) as engine:
+        for name in engine.refittable:
+            array = engine.weights().read(name)
+            edited = array.copy()
+            if array.flags.writeable:
+                array[...] = 7  # a copy: the engine must not see it
+                np.testing.assert_array_equal(engine.weights().read(name), edited)
+            edited.reshape(-1)[-1] += 1.0
+            assert engine.refit({name: edited}, partial=True).changed == (name,)
+
+
+def test_a_plan_keeps_its_weights_when_the_callers_arrays_change() -> None:
+    given = mlp_weights(3)
+    plan = onnx_refit.refit_plan(onnx_refit.build(mlp()), given)
+    given["w1"][...] = 0
+    assert plan.weights is not None
+    np.testing.assert_array_equal(plan.weights["w1"], mlp_weights(3)["w1"])
+
+
 # ---------------------------------------------------------------- canary
+
+
+def test_a_canary_judges_bfloat16_as_numbers() -> None:
+    def outputs(value: float) -> dict[str, Array]:
+        return {"y": np.full(4, value, ml_dtypes.bfloat16)}
+
+    near = onnx_refit.Canary({}, {"y": np.full(4, 1.0, np.float32)}, rtol=0.1, atol=0.1)
+    assert run_canary(near, lambda _: outputs(1.05)).worst["y"] < 0.1
+    with pytest.raises(CanaryError, match="differs"):
+        run_canary(near, lambda _: outputs(2.0))
+    with pytest.raises(CanaryError, match="NaN"):
+        run_canary(near, lambda _: outputs(float("nan")))
 
 
 def test_a_good_canary_passes_and_is_timed(engine: onnx_refit.Engine) -> None:

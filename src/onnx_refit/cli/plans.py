@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -40,12 +41,16 @@ def prepare_command(model: Path, output: Path, engine: str, as_json: bool) -> No
     """Rewrite MODEL until the engine can run it; vocabularies become JSON files beside OUTPUT."""
     refuse_overwrite(output, model)
     prepared = prepare(load_model(model), for_engine=engine)
-    write_bytes(output, prepared.model.SerializeToString())
-    vocabularies = []
+    vocabularies: list[str] = []
     for vocabulary in prepared.preprocessors:
-        path = output.parent / f"{vocabulary.node or vocabulary.input}.json"
+        # Names come from the model: they must not choose the folder.
+        stem = re.sub(r"[^A-Za-z0-9._-]", "_", vocabulary.node or vocabulary.input).lstrip(".") or "vocabulary"
+        path = output.parent / f"{stem}.json"
+        while str(path) in vocabularies:
+            path = path.with_stem(path.stem + "_")
         vocabulary.save(path)
         vocabularies.append(str(path))
+    write_bytes(output, prepared.model.SerializeToString())
     changes = [(step.name, change) for step, result in prepared.results for change in result.changes]
     if as_json:
         emit_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 import zipfile
@@ -24,9 +23,10 @@ from onnx_refit.cli.output import (
     table,
 )
 from onnx_refit.cli.plans import PATH
+from onnx_refit.cli.weights import open_source
 from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.errors import InputError
-from onnx_refit.files import write_bytes
+from onnx_refit.files import atomic_write
 from onnx_refit.plan.plan import Plan
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
@@ -34,9 +34,10 @@ from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 def read_inputs(path: Path) -> dict[str, Array]:
     """The arrays of an npz file, never unpickling; InputError if it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise InputError("it holds one array, not named ones (npy, not npz)", where=path)
+        loaded = np.load(path, allow_pickle=False)
+        if not hasattr(loaded, "files"):
+            raise InputError("it holds one array, not named ones (npy, not npz)", where=path)
+        with loaded as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise InputError("no such file", where=path) from error
@@ -45,11 +46,15 @@ def read_inputs(path: Path) -> dict[str, Array]:
 
 
 def write_outputs(path: Path, outputs: dict[str, Array]) -> None:
-    """Write arrays as npz, atomically; strings as fixed-width text so that no pickle is needed."""
-    buffer = io.BytesIO()
-    plain = {name: value.astype(np.str_) if value.dtype.kind == "O" else value for name, value in outputs.items()}
-    np.savez(buffer, allow_pickle=False, **plain)
-    write_bytes(path, buffer.getvalue())
+    """Write arrays as npz, atomically: strings as fixed-width text (no pickle), bfloat16 and float8 as float32."""
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, value in outputs.items():
+            if value.dtype.kind == "O":
+                value = value.astype(np.str_)
+            elif value.dtype.kind == "V":  # npz knows neither bfloat16 nor float8; float32 holds both
+                value = value.astype(np.float32)
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.asarray(value), allow_pickle=False)
 
 
 @click.command("run")
@@ -63,7 +68,8 @@ def run_command(plan: Path, input_path: Path, weights: str | None, output: Path,
     """Run one inference of PLAN on the arrays of an npz file."""
     refuse_overwrite(output, input_path, plan)
     inputs = read_inputs(input_path)
-    with api.load(plan, weights=weights, options=EngineOptions(threads=threads)) as engine:
+    source = None if weights is None else open_source(weights)
+    with api.load(plan, weights=source, options=EngineOptions(threads=threads)) as engine:
         started = time.perf_counter()
         outputs = engine.run(inputs)
         seconds = time.perf_counter() - started

@@ -113,3 +113,21 @@ def opset(model: ModelProto, domain: str = "") -> int | None:
         if entry.domain in wanted:
             return int(entry.version)
     return None
+
+
+def has_external_tensors(model: ModelProto) -> bool:
+    """Whether any tensor of a model, its sub-graphs and functions lies in a file of its own."""
+    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
+    for function in model.functions:
+        for node in function.node:
+            nodes.append(node)
+            nodes += [inner for sub in subgraphs(node) for graph in all_graphs(sub) for inner in graph.node]
+    graphs = [*all_graphs(model.graph), *(g for node in nodes for sub in subgraphs(node) for g in all_graphs(sub))]
+    tensors = [tensor for graph in graphs for tensor in graph.initializer]
+    for graph in graphs:
+        for sparse in graph.sparse_initializer:
+            tensors += [sparse.values, sparse.indices]
+    for node in nodes:
+        for entry in node.attribute:
+            tensors += [entry.t, *entry.tensors, entry.sparse_tensor.values, entry.sparse_tensor.indices]
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors)

@@ -27,6 +27,7 @@ from google.protobuf.message import DecodeError
 
 from onnx_refit._version import __version__
 from onnx_refit.errors import ModelError, PlanFormatError, WeightsError
+from onnx_refit.model.graph import has_external_tensors
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel, Decision, RefitProgram, SourceWeight, Verdict
 from onnx_refit.plan.plan import Plan
@@ -177,6 +178,9 @@ def _looks_like_onnx(path: Path) -> bool:
 def _require_consistent(plan: Plan, path: Path) -> None:
     """PlanFormatError unless the tables name each other's entries only."""
     compiled = plan.compiled
+    for model in (compiled.activation, compiled.program.model):
+        if model is not None and has_external_tensors(model):
+            raise PlanFormatError("a graph of the plan reads from other files", where=path, hint=_AGAIN)
     sources = {source.spec.name for source in compiled.sources}
     engine = {spec.name for spec in compiled.engine_weights}
     program = compiled.program

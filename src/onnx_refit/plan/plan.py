@@ -151,7 +151,9 @@ class Plan:
                 f"the weights do not fit the plan: {len(wrong)} missing or of another dtype or shape "
                 f"({', '.join(wrong[:3])}), {len(extra)} unknown ({', '.join(extra[:3])})"
             )
-        return replace(self, weights=dict(weights), path=None)
+        # What the caller can write to is copied; maps of files are read-only.
+        own = {name: array.copy() if array.flags.writeable else array for name, array in weights.items()}
+        return replace(self, weights=own, path=None)
 
     def with_artefact(self, engine: str, artefact: bytes) -> Plan:
         """The same plan with a cached host specialisation."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_refit.errors import CanaryError
-from onnx_refit.tensors import Array
+from onnx_refit.tensors import Array, dtype_name, is_floating
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,17 @@ def run_canary(canary: Canary, infer: Callable[[Mapping[str, object]], Mapping[s
     seconds = time.perf_counter() - started
     if not canary.allow_nonfinite:
         for name, value in outputs.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
+            if is_number(value) and not np.isfinite(value.astype(np.complex128)).all():
                 raise CanaryError("the canary's output holds NaN or Inf", where=f"output {name!r}")
     worst = {name: _compare(canary, name, outputs, expected) for name, expected in (canary.expect or {}).items()}
     if canary.accept is not None:
         _ask(canary.accept, outputs)
     return CanaryResult(outputs, seconds, worst)
+
+
+def is_number(array: Array) -> bool:
+    """Whether an output holds real or complex numbers in a floating-point format."""
+    return array.dtype.kind == "c" or (array.dtype.kind in "fV" and is_floating(dtype_name(array.dtype)))
 
 
 def _ask(accept: Callable[[Mapping[str, Array]], bool | str | None], outputs: Mapping[str, Array]) -> None:
@@ -86,12 +91,14 @@ def _compare(canary: Canary, name: str, outputs: Mapping[str, Array], expected: 
     got, wanted = outputs[name], np.asarray(expected)
     if got.shape != wanted.shape:
         raise CanaryError(f"the shape is {list(got.shape)}, expected was {list(wanted.shape)}", where=where)
-    if got.dtype.kind not in "fc":
+    if not is_number(got):
         if not np.array_equal(got, wanted):
             raise CanaryError("the output is not what the canary expects", where=where)
         return 0.0
-    difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
-    largest = float(difference.max(initial=0.0))
+    # bfloat16 and its like are known to NumPy only as raw bytes: compare in the widest type.
+    wide = np.complex128 if got.dtype.kind == "c" else np.float64
+    got, wanted = got.astype(wide), wanted.astype(wide)
+    largest = float(np.abs(got - wanted).max(initial=0.0))
     if not np.allclose(got, wanted, rtol=canary.rtol, atol=canary.atol, equal_nan=canary.allow_nonfinite):
         raise CanaryError(
             f"the output differs from what the canary expects by up to {largest:.3g} "

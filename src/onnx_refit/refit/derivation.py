@@ -19,6 +19,13 @@ from onnx_refit.tensors import Array
 from onnx_refit.weights.source import WeightSource
 
 
+def _own(array: Array) -> Array:
+    """A copy that nobody can change: callers write to their arrays, and replace or cut the files they map."""
+    copied = np.array(array)
+    copied.flags.writeable = False
+    return copied
+
+
 class Derivation:
     """Makes versions and candidates of one backend; publishes nothing.
 
@@ -43,7 +50,7 @@ class Derivation:
         return Version(
             number=0,
             weights=self._backend.derive(weights),
-            retained={name: weights[name] for name in self._kept_names},
+            retained={name: _own(weights[name]) for name in self._kept_names},
             samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._specs},
             source=source,
             parent=None,
@@ -80,9 +87,7 @@ class Derivation:
             needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
             weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
             retained = {
-                # Copied: the caller may write to its arrays, or replace the file they are mapped from.
-                name: arrays[name].copy() if name in arrays else base.retained[name]
-                for name in self._kept_names
+                name: _own(arrays[name]) if name in arrays else base.retained[name] for name in self._kept_names
             }
         return Candidate(
             weights=weights,
