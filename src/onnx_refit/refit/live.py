@@ -271,18 +271,24 @@ class Engine:
                 number = self._ledger.commit(
                     candidate.changed, staged_weights, None if candidate.full else candidate.base
                 )
-            with timed(seconds, "commit"):
-                version = Version(
-                    number=number,
-                    weights=candidate.weights,
-                    retained=candidate.retained,
-                    samples=candidate.samples,
-                    source=candidate.source,
-                    parent=candidate.base,
-                    changed=candidate.changed,
-                    committed=datetime.now(UTC),
-                )
-                self._versions.publish(version)
+            try:
+                with timed(seconds, "commit"):
+                    version = Version(
+                        number=number,
+                        weights=candidate.weights,
+                        retained=candidate.retained,
+                        samples=candidate.samples,
+                        source=candidate.source,
+                        parent=candidate.base,
+                        changed=candidate.changed,
+                        committed=datetime.now(UTC),
+                    )
+                    self._versions.publish(version)
+            except BaseException:
+                # Interrupted between the two: what is written down must be what answers.
+                if self._versions.current is before:
+                    self._ledger.rollback(before.number)
+                raise
         names = list(self._plan.refittable)
         return RefitReport(
             version=version.number,
@@ -342,7 +348,9 @@ class Engine:
             stored = self._ledger.load(number)
             if stored is not None:
                 weights = stored.read_many(self._plan.refittable)
-                return replace(self._derivation.version(weights, stored.description), number=number)
+                again = self._derivation.version(weights, stored.description)
+                record = next(record for record in self._ledger.records() if record.number == number)
+                return replace(again, number=number, parent=record.parent, committed=record.committed)
         return self._versions.get(number)
 
     def forget(self, version: int) -> None:
