@@ -199,12 +199,10 @@ class _Reader:
         steps = (bounds[3] if len(bounds) > 3 else None) or [1] * len(starts)
         result: _Box | None = box
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-            if result is None:
+            if result is None or not step:
                 return None
             extent = result.shape[axis]
             chosen = range(*slice(start, end, step).indices(extent))
-            if step < 0 and end < -extent:
-                chosen = range(start if start >= 0 else start + extent, -1, step)
             result = _range(result, axis % len(result.axes), chosen.start, step, len(chosen))
         if result is None or result.shape != self._specs[name].static_shape:
             return None
@@ -324,6 +322,7 @@ def _range(box: _Box, axis: int, begin: int, step: int, extent: int) -> _Box | N
     if len(cuts) != 1 or extent < 1:
         return None
     _, reads = cuts[0]
+    step = step if extent > 1 else 0  # steps up to 2**63 may skip everything else
     operands = tuple((name, start + begin * read) for (name, start), read in zip(box.operands, reads, strict=True))
     axes = list(box.axes)
     axes[axis] = _Axis(((extent, tuple(read * step for read in reads)),))
