@@ -48,6 +48,8 @@ class Split:
 
 def through(dims: tuple[int, ...], walk: Walk, order: Order) -> Split | None:
     """A walk over X as a walk over Y; None where a step would carry from one dimension of the order into the next."""
+    if not order.dims:  # a scalar has no axis to be walked along
+        order = Order((1,), Walk(order.walk.offset, (0,)))
     radix = c_strides(order.dims)
     size = math.prod(order.dims)
     if not 0 <= walk.offset < max(1, size):
