@@ -94,7 +94,23 @@ def test_a_transpose_then_its_inverse_is_the_tensor_itself() -> None:
     back = Recipe(TensorSpec("l", "float32", (3, 4)), (_piece("m", np.arange(12).reshape(4, 3).T),))
     composed, staged = resolve(back, {"m": middle})
     assert not staged
-    assert is_whole(composed) == "s"
+    assert is_whole(composed, 12) == "s"
+    assert is_whole(composed, 13) is None
+
+
+def test_the_beginning_of_a_tensor_takes_over_no_more_than_its_own_elements() -> None:
+    middle = Recipe(TensorSpec("m", "float32", (4, 3)), (_piece("s", np.arange(12).reshape(3, 4).T),))
+    begins = Recipe(TensorSpec("l", "float32", (3,)), (Piece((3,), Walk(0, (1,)), (Operand("m", Walk(0, (1,))),)),))
+    composed, _ = resolve(begins, {"m": middle})
+    source = np.arange(12, dtype=np.float32)
+    assert (evaluate(composed, {"s": source}.__getitem__) == [0, 4, 8]).all()
+
+
+def test_a_scalar_spreads_and_reshapes() -> None:
+    scalar = Order((), Walk(5, ()))
+    split = through((1, 4), Walk(0, (3, 0)), scalar)
+    assert split is not None
+    assert positions(split.dims, split.walk).tolist() == [5, 5, 5, 5]
 
 
 def test_what_does_not_compose_is_staged() -> None:

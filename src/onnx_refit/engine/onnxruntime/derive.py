@@ -17,7 +17,7 @@ from onnx_refit.engine.onnxruntime.packing import packing
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
 from onnx_refit.errors import EngineError
-from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, evaluate, is_whole, mapped
+from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, evaluate, leading, mapped
 from onnx_refit.tensors import Array, numpy_dtype
 
 WIDE = "wide:"  # the name space of sources cast to float32
@@ -46,7 +46,7 @@ class _Source:
 class _Writer:
     """Writes one engine weight."""
 
-    __slots__ = ("_items", "_pack", "_pieces", "_recipe", "_whole", "size", "widened")
+    __slots__ = ("_items", "_leading", "_pack", "_pieces", "_recipe", "size", "widened")
 
     def __init__(self, recipe: Recipe, dtypes: Mapping[str, np.dtype[np.generic]], block: int) -> None:
         widened = {n: WIDE + n for n in recipe.sources if _is_widened(dtypes[n], recipe)}
@@ -54,7 +54,7 @@ class _Writer:
         self.widened = frozenset(widened)
         dtypes = {**dtypes, **dict.fromkeys(widened.values(), np.dtype(np.float32))}
         self._recipe = recipe
-        self._whole = is_whole(recipe)
+        self._leading = leading(recipe)
         self._pieces = [part for piece in recipe.pieces for part in _cut(piece)]
         single = all(dtypes[name] == np.float32 for name in recipe.sources)
         packed = packing(recipe, block) if single and recipe.spec.size >= _PACKED else None
@@ -84,8 +84,8 @@ class _Writer:
                 (end - begin, packer.pack, (part, fetch, storage.flat[begin:end]))
                 for (begin, part), end in zip(self._pack, ends, strict=True)
             ]
-        if self._whole is not None and self.size <= _SPLIT:
-            return [(self.size, np.copyto, (storage.flat, tensors[self._whole], "unsafe"))]
+        if self._leading is not None and self.size <= _SPLIT:
+            return [(self.size, np.copyto, (storage.flat, tensors[self._leading][: self.size], "unsafe"))]
         views = storage.views
         if views is None:
             views = tuple(along(storage.flat, piece.dims, piece.target) for piece in self._pieces)

@@ -36,7 +36,7 @@ def resolve(recipe: Recipe, definitions: Mapping[str, Recipe]) -> tuple[Recipe, 
 
 def _substitute(recipe: Recipe, name: str, definition: Recipe) -> Recipe | None:
     """The recipe with one source replaced by what that source is made of; None where that is no recipe."""
-    if is_whole(recipe) == name and recipe.spec.dtype == definition.spec.dtype:
+    if is_whole(recipe, definition.spec.size) == name and recipe.spec.dtype == definition.spec.dtype:
         return Recipe(recipe.spec, definition.pieces, definition.gathers)
     orders = _orders(definition)
     if orders is None:

@@ -95,8 +95,13 @@ def whole(spec: TensorSpec, source: str) -> Recipe:
     return Recipe(spec, (Piece((spec.size,), walk, (Operand(source, walk),)),))
 
 
-def is_whole(recipe: Recipe) -> str | None:
-    """The tensor that the recipe's is, in the same order and number of elements from element 0; None otherwise."""
+def is_whole(recipe: Recipe, source_size: int) -> str | None:
+    """The tensor of so many elements that the recipe's is: all of them in the same order; None otherwise."""
+    return leading(recipe) if source_size == recipe.spec.size else None
+
+
+def leading(recipe: Recipe) -> str | None:
+    """The tensor whose elements, in order from element 0 but perhaps not to its end, the recipe's are; else None."""
     if len(recipe.pieces) != 1 or recipe.gathers:
         return None
     piece = recipe.pieces[0]

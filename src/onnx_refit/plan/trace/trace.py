@@ -16,7 +16,7 @@ from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.plan.trace.canonical import TensorKey, skeleton
 from onnx_refit.plan.trace.codes import MULTIPLIERS, Code, Numbers, RandomValues
 from onnx_refit.plan.trace.exchange import Optimise, Optimised, run, with_initializers
-from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, is_whole, whole
+from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, whole
 from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
 from onnx_refit.tensors import Array, TensorSpec, spec_of, value_info_of
 
@@ -216,8 +216,7 @@ class Tracer:
                     tensor.CopyFrom(onnx.numpy_helper.from_array(array.reshape(tuple(tensor.dims)), tensor.name))
                     kept.append(tensor)
                     continue
-                source = is_whole(recipe)
-                fresh = names.fresh(source or "+".join(sorted(recipe.sources)[:2]))
+                fresh = names.fresh("+".join(sorted(recipe.sources)[:2]))
                 renamed[tensor.name] = fresh
                 spec = TensorSpec(fresh, recipe.spec.dtype, recipe.spec.shape)
                 recipes[fresh] = Recipe(spec, recipe.pieces, recipe.gathers)
