@@ -308,11 +308,14 @@ class Store:
                 self._disk.sync(descriptor)
             finally:
                 self._disk.close(descriptor)
-        except OSError:
+        except BaseException:  # a full disk, or somebody's Ctrl-C
             self._take_back(journal)
             raise
+        # An interrupt from here on leaves the store refusing to write: the line is durable, memory may not know it.
+        self._sound = False
         self._length += len(line)
         self._apply(entry)
+        self._sound = True
 
     def _take_back(self, journal: Path) -> None:
         """Cut the journal back to what was committed; where even that fails, nothing more is written."""
