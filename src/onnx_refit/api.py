@@ -12,6 +12,7 @@ from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check import check as check_weights
 from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
 from onnx_refit.refit.ledger import StoreLedger
 from onnx_refit.refit.live import NOTHING_TO_REFIT, Engine
 from onnx_refit.tensors import Array
@@ -121,7 +122,9 @@ def _checked(plan: Plan, weights: WeightsLike, options: CheckOptions | None) -> 
     view = source if plan.names is None else plan.names.apply(source)
     held = plan.weights
     current = None if held is None else held.__getitem__
-    return check_weights(plan.compiled.sources, view, current=current, options=options or CheckOptions())
+    report, arrays = check_weights(plan.compiled.sources, view, current=current, options=options or CheckOptions())
+    report = refuse_changed_constants(report, view, floating_constants(plan.compiled))
+    return report, arrays if report.ok else {}
 
 
 __all__: Sequence[str] = (

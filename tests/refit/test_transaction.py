@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -433,6 +434,24 @@ def test_a_plan_without_weights_says_so(plan: onnx_refit.Plan) -> None:
         engine.refit(mlp_weights(1))
     with pytest.raises(PlanError, match="no refittable weights"):
         onnx_refit.check(fixed, mlp_weights(1))
+
+
+def test_a_changed_constant_is_not_ignored() -> None:
+    def scaled(factor: float, seed: int) -> onnx.ModelProto:
+        model = mlp(mlp_weights(seed))
+        model.graph.node[2].CopyFrom(onnx.helper.make_node("Mul", ["b", "factor"], ["c"]))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), "factor"))
+        return model
+
+    with onnx_refit.load(onnx_refit.build(scaled(1.5, 0))) as engine:
+        assert engine.refit(scaled(1.5, 1)).version == 2
+        with pytest.raises(RefitError, match="factor: it is constant in this plan"):
+            engine.refit(scaled(2.5, 2))
+        assert engine.version == 2
+    assert not onnx_refit.check(onnx_refit.build(scaled(1.5, 0)), scaled(2.5, 0)).ok
+    named = onnx_refit.build(scaled(1.5, 0), options=onnx_refit.BuildOptions(refittable=("factor",)))
+    with onnx_refit.load(named) as engine:
+        assert engine.refit(scaled(2.5, 0)).changed == ("factor",)
 
 
 def test_partial_and_options_go_together(engine: onnx_refit.Engine) -> None:

@@ -25,6 +25,7 @@ class RejectReason(Enum):
     AMBIGUOUS = "ambiguous"
     DROPPED = "dropped"
     UNREADABLE = "unreadable"
+    CONSTANT = "constant"
 
 
 @dataclass(frozen=True, slots=True)

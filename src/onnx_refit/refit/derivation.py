@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import numpy as np
 
 from onnx_refit.engine.protocol import Backend
-from onnx_refit.plan.compiled import SourceWeight
+from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.refit.check import CheckOptions, check
+from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.unchanged import sample, unchanged
@@ -31,13 +32,14 @@ class Derivation:
 
     Args:
         backend: the backend.
-        sources: every refittable weight of its plan.
+        compiled: the model it runs.
     """
 
-    def __init__(self, backend: Backend, sources: Sequence[SourceWeight]) -> None:
+    def __init__(self, backend: Backend, compiled: CompiledModel) -> None:
         self._backend = backend
-        self._sources = tuple(sources)
-        self._specs = {source.spec.name: source.spec for source in sources}
+        self._sources = compiled.sources
+        self._specs = {source.spec.name: source.spec for source in compiled.sources}
+        self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
 
     def weights_of(self, held: Version | Candidate) -> VersionWeights:
@@ -76,6 +78,7 @@ class Derivation:
         current = self.weights_of(base)
         with timed(seconds, "check"):
             report, arrays = check(self._sources, given, current=current.read, options=options)
+            report = refuse_changed_constants(report, given, self._constants)
             report.raise_if_rejected()
         with timed(seconds, "compare"):
             equal, samples = unchanged(arrays, base.samples, current.read)

@@ -66,7 +66,7 @@ class Engine:
             raise EngineError(f"keep must be at least 1, not {keep}")
         self._plan = plan
         self._backend = backend
-        self._derivation = Derivation(backend, plan.compiled.sources)
+        self._derivation = Derivation(backend, plan.compiled)
         self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
         # One guards what is published; the other lets one refit at a time be staged, which may take long: a rollback
         # does not wait for it. Taken in this order: staging, lock.
