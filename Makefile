@@ -45,7 +45,7 @@ test-serve: $(VENV)-serve/.installed  ## Run the server's tests, with the client
 	$(VENV)-serve/bin/python -m pytest tests/serve -m "serve or not serve"
 
 test-all: test-serve $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.installed-lint  ## Lint, check the format, the types and the direction of imports
 	$(BIN)/ruff check .
