@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_refit.errors import WeightsFormatError
+from onnx_refit.errors import RefitRejectedError, WeightsFormatError
 from onnx_refit.plan.compiled import SourceWeight
-from onnx_refit.refit.check import CheckOptions, RejectReason, check
+from onnx_refit.refit.check import CheckOptions, CheckReport, RejectReason, check
 from onnx_refit.tensors import spec_of
 from onnx_refit.weights.names import Discovery, NameMap, find_names
 from onnx_refit.weights.open import open_weights
@@ -407,3 +407,85 @@ def test_a_bias_follows_its_weight_where_nothing_else_tells(count: int) -> None:
         weights[f"{i + 5000}"] = checkpoint[f"m.{i}.bias"]
     found = find(weights, checkpoint)
     assert all(found.names.entries[f"{i + 5000}"] == Stored(f"m.{i}.bias") for i in range(count))
+
+
+# ---------------------------------------------------------------- tied weights, missing tensors, a wrong checkpoint
+
+
+def outcome(names: NameMap, weights: dict[str, Any], checkpoint: dict[str, Any]) -> tuple[CheckReport, dict[str, Any]]:
+    return check(sources_of(weights), names.apply(open_weights(checkpoint)))
+
+
+@pytest.mark.parametrize("kept", ["wte.weight", "lm_head.weight"])
+def test_tied_tensors_that_were_saved_twice_may_be_saved_once(kept: str) -> None:
+    weights = {"embedding": A, "head": A.T.copy()}
+    names = find(weights, {"wte.weight": A, "lm_head.weight": A.copy()}).names
+    report, arrays = outcome(names, weights, {kept: B})
+    assert report.ok
+    assert report.unused == ()
+    np.testing.assert_array_equal(arrays["embedding"], B)
+    np.testing.assert_array_equal(arrays["head"], B.T)
+    report, arrays = outcome(names, weights, {"wte.weight": B, "lm_head.weight": C})
+    assert report.ok
+    np.testing.assert_array_equal(arrays["embedding"], B)
+    np.testing.assert_array_equal(arrays["head"], C.T)
+
+
+def test_layers_that_were_made_by_copying_are_not_tied() -> None:
+    weights = {"a": A, "b": A.copy()}
+    names = find(weights, {"layers.0.weight": A, "layers.1.weight": A.copy()}).names
+    report, _ = outcome(names, weights, {"layers.0.weight": B})
+    assert [m.name for m in report.missing] == ["b"]
+
+
+def test_tied_tensors_that_no_longer_are_one_need_two_weights() -> None:
+    names = find({"embedding": A}, {"wte.weight": A, "lm_head.weight": A}).names
+    report, _ = outcome(names, {"embedding": A}, {"wte.weight": B, "lm_head.weight": B.copy()})
+    assert report.ok
+    report, _ = outcome(names, {"embedding": A}, {"wte.weight": B, "lm_head.weight": C})
+    assert "one weight for both, but now they differ" in report.rejected[0].text
+    # Equal by accident, or by copying: the model never had the other.
+    names = find({"embedding": A}, {"online.weight": A, "target.weight": A.copy()}).names
+    report, _ = outcome(names, {"embedding": A}, {"online.weight": B, "target.weight": C})
+    assert report.ok
+
+
+def test_a_missing_tensor_is_called_by_the_checkpoints_name() -> None:
+    weights = {"onnx::MatMul_411": A.T.copy(), "onnx::Gemm_412": B, "other": C}
+    names = find(weights, {"h.weight": A, "h.bias": B, "norm": C}).names
+    report, _ = outcome(names, weights, {"module.h.weight": A, "norm": C})
+    first, second = report.problems()
+    assert first == (
+        "h.weight: float32[4, 6] is missing, for the weight onnx::MatMul_411 (meant: module.h.weight: float32[4, 6]?)"
+    )
+    assert second.startswith("h.bias: float32[4, 6] is missing, for the weight onnx::Gemm_412")
+    with pytest.raises(RefitRejectedError, match="For other names give rules"):
+        report.raise_if_rejected()
+    assert report.to_json()["missing"][0]["checkpoint_names"] == ["h.weight"]
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_plan_of_a_wrong_checkpoint_still_takes_the_models_own_names() -> None:
+    weights = {"embedding": A, "fc.weight": B, "fc.bias": C}
+    # Another epoch's checkpoint, of which only the frozen part is the model's; all names are of both kinds.
+    names = find(weights, {"embedding": A, "fc.weight": r(4, 6), "fc.bias": r(4, 6)}).names
+    new = {"embedding": C, "fc.weight": A, "fc.bias": B}
+    report, arrays = outcome(names, weights, new)
+    assert report.ok
+    for name, array in new.items():
+        np.testing.assert_array_equal(arrays[name], array)
+    report, _ = check(
+        sources_of(weights), names.apply(open_weights({"fc.bias": B})), options=CheckOptions(partial=True)
+    )
+    assert report.ok
+
+
+def test_a_weight_that_no_checkpoint_gives_says_so() -> None:
+    weights = {"w": A * np.float32(1.5) + 1, "v": B, "u": C}
+    names = find(weights, {"a": A, "v": B, "u": C}).names
+    report, _ = outcome(names, weights, {"a": A, "v": B, "u": C})
+    assert report.problems() == [
+        "w: float32[4, 6] is missing: no tensor of the checkpoint that the plan was built with gives it"
+    ]
+    with pytest.raises(RefitRejectedError, match="the very checkpoint that the model was exported from"):
+        report.raise_if_rejected()

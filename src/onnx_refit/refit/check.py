@@ -100,7 +100,7 @@ def check(
     specs = weights.specs
     accepted: list[Accepted] = []
     rejected: list[Rejected] = []
-    missing: list[TensorSpec] = []
+    missing: list[Missing] = []
     arrays: dict[str, Array] = {}
     for source in sources:
         spec = source.spec
@@ -113,7 +113,7 @@ def check(
         stored = specs.get(name)
         if stored is None:
             if name not in kept:
-                missing.append(spec)
+                missing.append(_missing(spec, view))
             continue
         names = (name,) if view is None else view.checkpoint_names(name)
         if stored.shape != spec.shape:
@@ -133,6 +133,12 @@ def check(
     unused = _unused(sources, weights, view)
     report = _report(weights.description, chosen, accepted, rejected, missing, unused)
     return report, arrays if report.ok else {}
+
+
+def _missing(spec: TensorSpec, view: NamedView | None) -> Missing:
+    if view is None:
+        return Missing(spec.name, spec)
+    return Missing(spec.name, spec, expected=view.expected(spec.name), text=view.why_missing(spec.name))
 
 
 def _load(
@@ -187,13 +193,13 @@ def _report(
     options: CheckOptions,
     accepted: list[Accepted],
     rejected: list[Rejected],
-    missing: list[TensorSpec],
+    missing: list[Missing],
     unused: Iterable[TensorSpec],
 ) -> CheckReport:
     """Put the report together, with near misses on both sides."""
     left = list(unused)
     spare = Nearest(left) if (missing or rejected) and left else None
-    wanted = Nearest(missing) if missing and left else None
+    wanted = Nearest([w for m in missing for w in m.expected or (m.spec,)]) if missing and left else None
     return CheckReport(
         description,
         options.partial,
@@ -205,7 +211,9 @@ def _report(
             for i, r in enumerate(rejected)
         ),
         tuple(
-            Missing(m.name, m, spare.find(m) if spare is not None and i < _LOOKED_UP else ())
+            replace(m, candidates=spare.find((*m.expected, m.spec)[0]))
+            if spare is not None and i < _LOOKED_UP and not m.text
+            else m
             for i, m in enumerate(missing)
         ),
         tuple(

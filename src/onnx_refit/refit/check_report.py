@@ -74,11 +74,31 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A weight that the checkpoint lacks; ``candidates`` are unused tensors that could have been meant."""
+    """A weight that the checkpoint lacks.
+
+    Attributes:
+        name: the weight, as the model names it.
+        spec: what the model declares.
+        candidates: unused tensors that could have been meant.
+        expected: the tensors it would be made of that are not there, as the checkpoint names them; empty where the
+            plan knows no other names.
+        text: why no checkpoint gives it, in words; empty where it is merely not there.
+    """
 
     name: str
     spec: TensorSpec
     candidates: tuple[Candidate, ...] = ()
+    expected: tuple[TensorSpec, ...] = ()
+    text: str = ""
+
+    def __str__(self) -> str:
+        if self.text:
+            return f"{self.spec} is missing: {self.text}"
+        if [spec.name for spec in self.expected] in ([], [self.name]):
+            return f"{self.spec} is missing{_meant(self.candidates)}"
+        names = ", ".join(map(str, self.expected))
+        verb = "is" if len(self.expected) == 1 else "are"
+        return f"{names} {verb} missing, for the weight {self.name}{_meant(self.candidates)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +162,7 @@ class CheckReport:
             for r in self.rejected
         ]
         if not self.partial:
-            lines += [f"{m.spec} is missing{_meant(m.candidates)}" for m in self.missing]
+            lines += [str(m) for m in self.missing]
         elif not self.accepted and not self.rejected and self.missing:
             lines.append("no tensor of the checkpoint is a weight of the model")
         lines += [f"{u.spec} is no weight of the model{_meant(u.candidates)}" for u in self.unused if u.refused]
@@ -169,6 +189,10 @@ class CheckReport:
         if RejectReason.LOSSY_CAST in reasons:
             return "Allow rounding if a loss of precision is wanted"
         if self.missing and not self.partial and not self.rejected:
+            if all(m.text for m in self.missing):
+                return "Build the plan again with the very checkpoint that the model was exported from"
+            if any(m.expected for m in self.missing):
+                return "For other names give rules; for only some weights ask for partial"
             return "For other names give the checkpoint at build time, or rules; for only some weights ask for partial"
         return None
 
@@ -191,7 +215,13 @@ class CheckReport:
                 for r in self.rejected
             ],
             "missing": [
-                {"name": m.name, "wanted": _spec_json(m.spec), "candidates": _candidates_json(m.candidates)}
+                {
+                    "name": m.name,
+                    "wanted": _spec_json(m.spec),
+                    "checkpoint_names": [spec.name for spec in m.expected],
+                    "text": m.text,
+                    "candidates": _candidates_json(m.candidates),
+                }
                 for m in self.missing
             ],
             "unused": [

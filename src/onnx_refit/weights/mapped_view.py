@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.provenance.expression import dtype_of, evaluate, tensors_of
+from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.view import NamedView, ViewProblem, ViewProblemKind
 
@@ -32,9 +33,10 @@ class MappedView:
         held = source.specs.keys() | inner.keys()
         # A tied tensor goes by another of its names where the checkpoint has it under that one only.
         self._called = {
-            name: next((other for other in others if other in held), name)
-            for name, others in names.aliases.items()
-            if name not in held
+            name: other
+            for name in (names.aliases.keys() | names.twins.keys()) - held
+            for other in (*names.twins.get(name, ()), *names.aliases.get(name, ()))
+            if other in held
         }
         self._parts = {
             name: tuple(dict.fromkeys(self._called.get(part, part) for part in tensors_of(e)))
@@ -43,7 +45,10 @@ class MappedView:
         shapes = {**shapes, **{other: shapes[name] for name, other in self._called.items()}}
         # Only names of one kind tell: a name of both kinds may mean different tensors, and then the map holds.
         known = shapes.keys() | names.ignored
-        self.own_names = len((held & weights.keys()) - known) > len((held & known) - weights.keys())
+        own, foreign = (held & weights.keys()) - known, (held & known) - weights.keys()
+        # Where the map explains the lesser part of the weights, it was made with another model's checkpoint.
+        foreign_map = len(names.unmatched) > len(entries) and not foreign and bool(held & weights.keys())
+        self.own_names = len(own) > len(foreign) or foreign_map
         if self.own_names:
             self._parts = {name: (name,) for name in weights}
         self._entries = {} if self.own_names else entries
@@ -112,6 +117,20 @@ class MappedView:
             return tuple(own for part in parts for own in self._source.checkpoint_names(part))
         return parts
 
+    def expected(self, name: str) -> tuple[TensorSpec, ...]:
+        """The checkpoint tensors that a weight would be made of and that are not there."""
+        if self.own_names:
+            return ()
+        held, shapes = self._source.specs, self._names.shapes
+        dtype = self._names.weights[name].dtype if name in self._names.weights else "float32"
+        return tuple(TensorSpec(part, dtype, shapes[part]) for part in self._parts.get(name, ()) if part not in held)
+
+    def why_missing(self, name: str) -> str:
+        """Why no checkpoint gives a weight: at build time none of its tensors did."""
+        if self.own_names or name not in self._names.unmatched:
+            return ""
+        return "no tensor of the checkpoint that the plan was built with gives it"
+
     def unused(self, wanted: Collection[str]) -> Mapping[str, TensorSpec]:
         """The checkpoint tensors that none of the wanted weights is made of and that the map does not know."""
         read = {part for name in wanted for part in self._parts.get(name, ())}
@@ -139,6 +158,16 @@ class MappedView:
                 f"it was all {'ones' if neutral else 'zeros'} when the plan was built, so the model may have been "
                 "exported without it, and it no longer is: export the model with trained weights"
             )
+        specs, read = self._source.specs, self._names.shapes
+        for name, others in self._names.aliases.items():
+            for other in others:
+                if other in read or name not in specs or other not in specs:
+                    continue
+                if not same_bits(self._source.read(name), self._source.read(other)):
+                    found[other] = (
+                        f"it was one tensor with {name} when the plan was built, and the model has one weight for "
+                        "both, but now they differ: untie them in the model and export it again"
+                    )
         return found
 
     @property

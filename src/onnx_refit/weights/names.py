@@ -18,6 +18,7 @@ from onnx_refit.weights.provenance.clues import Clues
 from onnx_refit.weights.provenance.encode import expression_from_json, expression_to_json
 from onnx_refit.weights.provenance.expression import Expression, tensors_of
 from onnx_refit.weights.provenance.search import search
+from onnx_refit.weights.provenance.twins import twins_of
 from onnx_refit.weights.recover import RecoveredSource
 from onnx_refit.weights.source import WeightSource
 
@@ -40,6 +41,8 @@ class NameMap:
             states of zeros and masks: they belong to the model, not to the checkpoint, and stay.
         aliases: checkpoint tensor -> other names that its storage had (tied weights). Formats that store such a tensor
             once keep one of the names.
+        twins: checkpoint tensor -> other tensors that had its bits, in memory of their own. A checkpoint that has one
+            of them only is taken as one that stores tied weights once.
     """
 
     entries: Mapping[str, Expression]
@@ -49,6 +52,7 @@ class NameMap:
     neutral: Mapping[str, float] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    twins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -71,6 +75,7 @@ class NameMap:
             self.neutral,
             self.fixed & frozenset(weights),
             {name: others for name, others in self.aliases.items() if name in read},
+            {name: others for name, others in self.twins.items() if name in read},
         )
 
     def apply(self, source: WeightSource) -> MappedView:
@@ -91,6 +96,7 @@ class NameMap:
             "neutral": dict(self.neutral),
             "fixed": sorted(self.fixed),
             "aliases": {name: list(others) for name, others in self.aliases.items()},
+            "twins": {name: list(others) for name, others in self.twins.items()},
         }
 
     @classmethod
@@ -107,12 +113,13 @@ class NameMap:
             neutral = {_text(name): {0: 0.0, 1: 1.0}[one] for name, one in value["neutral"].items()}
             fixed = frozenset(_text(name) for name in value["fixed"])
             aliases = {_text(name): tuple(map(_text, others)) for name, others in value["aliases"].items()}
+            twins = {_text(name): tuple(map(_text, others)) for name, others in value.get("twins", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WeightsFormatError(f"no map of names: {error!r}") from error
         read = {name for expression in entries.values() for name in tensors_of(expression)}
         if not read <= shapes.keys() or not entries.keys() | fixed <= weights.keys() or entries.keys() & fixed:
             raise WeightsFormatError("the map of names contradicts itself")
-        return cls(entries, weights, shapes, ignored, neutral, fixed, aliases)
+        return cls(entries, weights, shapes, ignored, neutral, fixed, aliases, twins)
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,7 @@ def find_names(
         neutral=_neutral(checkpoint, read),
         fixed=frozenset(n for n, a in weights.items() if n not in entries and n not in specs and _is_structure(a)),
         aliases=aliases,
+        twins=twins_of(checkpoint, read),
     )
     unused = tuple(n for n, spec in specs.items() if n not in read and is_floating(spec.dtype))
     # Which name of one storage was chosen makes no difference.

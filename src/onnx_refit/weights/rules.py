@@ -190,6 +190,14 @@ class RenamedView:
         """The checkpoint's own names of the tensors that were given a name."""
         return tuple(self._origins.get(name, ()))
 
+    def expected(self, name: str) -> tuple[TensorSpec, ...]:
+        """Nothing: rules know no weights."""
+        return ()
+
+    def why_missing(self, name: str) -> str:
+        """Nothing: rules know no weights."""
+        return ""
+
     def unused(self, wanted: Collection[str]) -> Mapping[str, TensorSpec]:
         """The tensors whose new names are not wanted, by their own names."""
         return {

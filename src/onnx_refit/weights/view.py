@@ -34,6 +34,14 @@ class NamedView(WeightSource, Protocol):
         """The checkpoint tensors that a tensor of the view is made of."""
         ...
 
+    def expected(self, name: str) -> tuple[TensorSpec, ...]:
+        """The checkpoint tensors that a tensor of the view would be made of and that are not there."""
+        ...
+
+    def why_missing(self, name: str) -> str:
+        """Why no checkpoint of this kind gives a tensor of the view, in words; empty where it is merely not there."""
+        ...
+
     def unused(self, wanted: Collection[str]) -> Mapping[str, TensorSpec]:
         """The checkpoint tensors that none of the wanted tensors is made of, without those known to be left over."""
         ...
