@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import zipfile
+from collections.abc import Callable
 
 import numpy as np
+import onnx
 import pytest
 
 from onnx_refit.engine.onnxruntime import artefact, backend
@@ -57,3 +61,65 @@ def test_an_artefact_of_another_host_model_or_damaged_is_not_used() -> None:
     assert artefact.host_key(changed, optimise=True) != key
     create(compiled, None, OPTIONS, data[:100]).close()
     made.close()
+
+
+Entries = dict[str, bytes]
+
+
+def _rewritten(data: bytes, change: Callable[[Entries], object], compression: int = zipfile.ZIP_STORED) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    change(entries)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    return file.getvalue()
+
+
+def _array(data: bytes) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.frombuffer(data, np.uint8))
+    return file.getvalue()
+
+
+def _reads_a_file(entries: Entries) -> None:
+    model = onnx.ModelProto.FromString(np.load(io.BytesIO(entries["model.npy"])).tobytes())
+    tensor = model.graph.initializer.add(name="stolen", data_type=onnx.TensorProto.UINT8, dims=[4])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="elsewhere.bin")
+    entries["model.npy"] = _array(model.SerializeToString())
+
+
+def _is_huge(entries: Entries) -> None:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (1 << 60,)})
+    entries["document.npy"] = file.getvalue()
+
+
+def test_an_artefact_that_is_more_than_it_seems_is_not_used() -> None:
+    compiled = compile_model(ZOO["chain"]()[0]).compiled
+    made = create(compiled, None, OPTIONS)
+    data = made.artefact()
+    made.close()
+    assert data is not None
+    key = artefact.host_key(compiled, optimise=True)
+
+    def same(_: Entries) -> None:
+        pass
+
+    assert artefact.load(_rewritten(data, same), key) is not None
+    assert artefact.load(_rewritten(data, same, zipfile.ZIP_DEFLATED), key) is None
+    assert artefact.load(_rewritten(data, _reads_a_file), key) is None
+    assert artefact.load(_rewritten(data, _is_huge), key) is None
+    assert artefact.load(_rewritten(data, lambda e: e.update({"document.npy": _array(b"[" * 100_000)})), key) is None
+    damaged = bytearray(data)
+    damaged[data.rindex(b"PK\x01\x02") + 10] = 99  # an unknown kind of compression
+    assert artefact.load(bytes(damaged), key) is None
+
+
+def test_an_artefact_of_another_version_of_this_package_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_model(ZOO["chain"]()[0]).compiled
+    key = artefact.host_key(compiled, optimise=True)
+    monkeypatch.setattr(artefact, "__version__", "0.0.0")
+    assert artefact.host_key(compiled, optimise=True) != key

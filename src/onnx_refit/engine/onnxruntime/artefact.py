@@ -17,25 +17,26 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
 
+from onnx_refit._version import __version__
 from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.specialise import Specialised
+from onnx_refit.model.graph import has_external_tensors
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk
 from onnx_refit.tensors import Array, TensorSpec
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def host_key(compiled: CompiledModel, *, optimise: bool) -> str:
-    """What a specialisation depends on: the compiled model, ONNX Runtime and the processor."""
+    """What a specialisation depends on: the compiled model, this package, ONNX Runtime and the processor."""
     digest = hashlib.sha256()
     digest.update(compiled.activation.SerializeToString(deterministic=True))
     if compiled.program.model is not None:
         digest.update(compiled.program.model.SerializeToString(deterministic=True))
     digest.update(json.dumps(sorted(compiled.program.passthrough.items())).encode())
-    parts = (_FORMAT, ort.__version__, block_size(), _processor(), optimise, digest.hexdigest())
+    parts = (_FORMAT, __version__, ort.__version__, block_size(), _processor(), optimise, digest.hexdigest())
     return "|".join(map(str, parts))
 
 
@@ -72,19 +73,20 @@ def dump(specialised: Specialised, key: str) -> bytes:
 def load(data: bytes, key: str) -> Specialised | None:
     """The specialisation, if the bytes hold one made for this key; None otherwise."""
     try:
+        _check_stored(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             document = json.loads(archive["document"].tobytes())
             if document["key"] != key:
                 return None
-            model = onnx.ModelProto.FromString(archive["model"].tobytes())
+            model = _graph(archive["model"])
             second = None
             if "second" in archive:
-                second = onnx.ModelProto.FromString(archive["second"].tobytes())
+                second = _graph(archive["second"])
             buffers = [_recipe_in(entry, archive) for entry in document["buffers"]]
             staged = {name: _recipe_in(entry, archive) for name, entry in document["staged"]}
             computed = [_spec_in(entry) for entry in document["computed"]]
             decisions = tuple(Decision(s, a, Verdict(v), r) for s, a, v, r in document["decisions"])
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, DecodeError):
+    except Exception:  # noqa: BLE001  zipfile, NumPy, JSON and protobuf raise two dozen classes for foreign bytes
         return None  # a damaged artefact costs a second of optimisation, no more
     return Specialised(
         model,
@@ -94,6 +96,24 @@ def load(data: bytes, key: str) -> Specialised | None:
         {spec.name: spec for spec in computed},
         decisions,
     )
+
+
+def _check_stored(data: bytes) -> None:
+    """ValueError for an archive that unpacks to more than it is, which none of ours does."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("compressed entries")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise ValueError("entries that overlap")
+
+
+def _graph(array: Array) -> onnx.ModelProto:
+    """A graph from its bytes; ValueError if it reads other files."""
+    model: onnx.ModelProto = onnx.ModelProto.FromString(array.tobytes())
+    if has_external_tensors(model):
+        raise ValueError("external data")
+    return model
 
 
 def _spec_out(spec: TensorSpec) -> list[Any]:
