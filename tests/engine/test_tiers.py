@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from onnx_refit.engine.onnxruntime import tiers
 from onnx_refit.errors import EngineError
 
 from .compiled_by_hand import relative_error
@@ -75,4 +76,22 @@ def test_requests_in_flight_see_one_version_across_the_switch() -> None:
     results = [live.backend.run(made, live.inputs)["y"] for _ in range(200)]
     assert made.full_speed.wait(60)
     assert all(relative_error(result, wanted) < 1e-5 for result in results)
+    live.backend.close()
+
+
+def test_a_second_tier_that_fails_for_one_set_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = Live("lstm")
+    assert live.backend.derive(live.weights).full_speed.wait(60)
+
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiers, "public_value", fail)
+        made = live.backend.derive(live.other(0))
+        assert not made.full_speed.wait(60)
+        live.check(made, live.other(0))
+    made = live.backend.derive(live.other(1), made)
+    assert made.full_speed.wait(60)
+    live.check(made, live.other(1))
     live.backend.close()

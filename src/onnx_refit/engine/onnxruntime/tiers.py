@@ -129,12 +129,12 @@ class SecondTier:
             del weights
 
     def _build(self, weights: Promotable) -> ort.InferenceSession | None:
-        options = session_options(self._threads)
-        values = weights.values()
-        for name in self.baked:
-            options.add_initializer(name, public_value(values[name]))
-        self._building = options
         try:
+            options = session_options(self._threads)
+            values = weights.values()
+            for name in self.baked:
+                options.add_initializer(name, public_value(values[name]))
+            self._building = options
             return ort.InferenceSession(str(self._path), options, providers=PROVIDERS)
         except Exception:  # noqa: BLE001  the first tier serves on; onnxruntime raises a dozen unrelated classes
             return None
