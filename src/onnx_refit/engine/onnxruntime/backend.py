@@ -8,9 +8,11 @@ from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
 from onnx_refit.engine.onnxruntime.derive import Deriver
+from onnx_refit.engine.onnxruntime.empty import EmptyProducts
 from onnx_refit.engine.onnxruntime.native import make_session, session_options, usable_cores
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.recover import Recoverer
+from onnx_refit.engine.onnxruntime.recurrence import deadly_extents, refuse_empty
 from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
 from onnx_refit.engine.onnxruntime.tiers import SecondTier
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
@@ -55,7 +57,8 @@ class OnnxRuntimeBackend:
         self._pool = BufferPool(self._specs.values())
         dtypes = {name: numpy_dtype(spec.dtype) for name, spec in sources.items()}
         threads = options.threads or usable_cores()
-        self._deriver = Deriver(specialised, compiled.program.model, dtypes, block_size(), threads)
+        block = block_size()
+        self._deriver = Deriver(specialised, compiled.program.model, dtypes, block, threads)
         self._recoverer = Recoverer(specialised, sources)
         self._session = make_session(specialised.model, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)
@@ -64,6 +67,8 @@ class OnnxRuntimeBackend:
         self._second: SecondTier | None = None
         # Each session reads its own weights; what only the second tier reads is no input of the first one's session.
         self._read = frozenset(value.name for value in specialised.model.graph.input) & self._specs.keys()
+        self._empty = EmptyProducts(specialised.model, self._read, self._outputs, block, options.threads)
+        self._deadly = deadly_extents(compiled.activation, compiled.inputs)
         if specialised.second is not None:
             self._second = SecondTier(specialised.second, self._specs, options.threads)
 
@@ -142,7 +147,16 @@ class OnnxRuntimeBackend:
     ) -> dict[str, Array]:
         """Run one inference with a weight set; see ``Backend.run``."""
         self._check_open()
-        results = dict(zip(self._outputs, _own(weights).run(inputs), strict=True))
+        own = _own(weights)
+        if self._deadly:
+            refuse_empty(self._deadly, inputs)
+        try:
+            values = own.run(inputs)
+        except EngineError as error:
+            if not self._empty.concerns(error):
+                raise
+            values = self._empty.run(own.buffers, inputs)
+        results = dict(zip(self._outputs, values, strict=True))
         return results if outputs is None else {name: results[name] for name in outputs}
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ def session_options(threads: int, *, optimise: bool = False, spinning: bool = Tr
     """Session options of this engine: everything of ONNX Runtime's optimiser, or nothing."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
     if not spinning:

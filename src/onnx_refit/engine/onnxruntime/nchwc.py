@@ -21,6 +21,8 @@ from onnx_refit.model.graph import Names, all_graphs, captured, opset, producers
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import TensorSpec, value_info_of
 
+NODE_PREFIX = "nchwc_node_"
+"""How the names of the nodes begin that a rewrite makes."""
 _MICROSOFT = "com.microsoft"
 # Elementwise operators of one input that keep the zeros (or at least finite values) of padded channels harmless.
 _ELEMENTWISE = frozenset(
@@ -173,7 +175,7 @@ class _GraphRewriter:
         return output
 
     def _emit_as(self, output: str, op_type: str, inputs: list[str], domain: str = "", **attributes: Any) -> None:
-        name = self._shared.names.fresh(f"nchwc_node_{op_type}")
+        name = self._shared.names.fresh(NODE_PREFIX + op_type)
         self._nodes.append(helper.make_node(op_type, inputs, [output], name=name, domain=domain, **attributes))
 
     def _rewrite(self, product: Product) -> None:

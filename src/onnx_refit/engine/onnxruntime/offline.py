@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,5 +68,7 @@ def optimise_file(source: Path, target: Path, disabled: Sequence[str]) -> None:
     left_out = [*SLOWER, *disabled]
     try:
         ort.InferenceSession(str(source), options, providers=PROVIDERS, disabled_optimizers=left_out)
-    except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        raise EngineError(f"ONNX Runtime refused the model: {error}") from error
+    except Exception as error:  # noqa: BLE001  onnxruntime raises a dozen unrelated classes
+        # The file is a temporary one, which means nothing to the user.
+        reason = str(error).replace(f"Load model from {source} failed:", "").replace(f"{source.parent}{os.sep}", "")
+        raise EngineError(f"ONNX Runtime refused the model: {reason}") from None
