@@ -25,9 +25,10 @@ class Storage:
         flat: the same elements, flat.
         value: an OrtValue over the array.
         views: the array seen as each piece of its recipe wants it (the deriver fills this).
+        settled: whether it is sure that no thread is writing it; never given out again otherwise.
     """
 
-    __slots__ = ("array", "flat", "spec", "value", "views")
+    __slots__ = ("array", "flat", "settled", "spec", "value", "views")
 
     def __init__(self, spec: TensorSpec) -> None:
         dtype = numpy_dtype(spec.dtype)
@@ -39,6 +40,7 @@ class Storage:
         self.array: Array = self.flat.reshape(spec.static_shape)
         self.value: Value = wrap(self.array)
         self.views: tuple[Array, ...] | None = None
+        self.settled = True
 
 
 class Buffer:
@@ -94,7 +96,7 @@ class BufferPool:
     def give_back(self, storage: Storage) -> None:
         """Take back the storage of a dead buffer."""
         spare = self._spare[storage.spec.name]
-        if self._keep and not spare:
+        if self._keep and storage.settled and not spare:
             spare.append(storage)
 
     def touch(self) -> None:

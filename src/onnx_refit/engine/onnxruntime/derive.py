@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 
 from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.crew import Crew, Task
 from onnx_refit.engine.onnxruntime.packer import Caster, Packer
 from onnx_refit.engine.onnxruntime.packing import packing
 from onnx_refit.engine.onnxruntime.program import Program
@@ -27,8 +27,6 @@ _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 
 Tensors = Mapping[str, Array]
 """Flat tensors by their prefixed names."""
-_Task = tuple[int, Callable[..., object], tuple[Any, ...]]
-"""Elements, what to call, with what."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class _Writer:
         ]
         self.size = recipe.spec.size
 
-    def tasks(self, tensors: Tensors, storage: Storage, packer: Packer | None) -> list[_Task]:
+    def tasks(self, tensors: Tensors, storage: Storage, packer: Packer | None) -> list[Task]:
         """The independent parts of the work. Called for each engine weight at each refit: kept lean."""
         if self._pack and packer is not None:
             fetch = tensors.__getitem__
@@ -90,7 +88,7 @@ class _Writer:
         if views is None:
             views = tuple(along(storage.flat, piece.dims, piece.target) for piece in self._pieces)
             storage.views = views
-        made: list[_Task] = []
+        made: list[Task] = []
         for view, sources in zip(views, self._items, strict=True):
             reads = []
             for source in sources:
@@ -216,12 +214,16 @@ class Deriver:
                     tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
             for name in sorted({wide for target in targets for wide in self._writers[target].widened}):
                 tensors[WIDE + name] = self._widen(tensors[name])
-            tasks: list[_Task] = []
+            tasks: list[Task] = []
             for name, storage in targets.items():
                 tasks += self._writers[name].tasks(tensors, storage, self._packer)
         except KeyError as error:
             raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
+        for storage in targets.values():
+            storage.settled = False
         self._run(tasks)
+        for storage in targets.values():
+            storage.settled = True
 
     def _widen(self, flat: Array) -> Array:
         """A float16 tensor as float32."""
@@ -236,25 +238,20 @@ class Deriver:
         needed = set().union(*(self._reads[name] for name in targets))
         return {name: name.partition(":")[2] for name in needed}
 
-    def _run(self, tasks: list[_Task]) -> None:
+    def _run(self, tasks: list[Task]) -> None:
         if self._pool is None or sum(task[0] for task in tasks) < _PARALLEL:
             for _, call, arguments in tasks:
                 call(*arguments)
             return
         tasks.sort(key=lambda task: -task[0])
-        waiting = iter(tasks)  # next() on a list's iterator is atomic: each task is done once
-
-        def work() -> None:
-            for _, call, arguments in waiting:
-                call(*arguments)
-
-        helpers = [self._pool.submit(work) for _ in range(self._threads - 1)]
+        crew = Crew(tasks)
         try:
-            work()
+            for _ in range(self._threads - 1):
+                self._pool.submit(crew.help)
+            crew.work()
         finally:
-            wait(helpers)  # nobody may write any more once this returns, failed or not
-        for helper in helpers:
-            helper.result()
+            crew.finish()  # nobody may write any more once this returns, failed or not
+        crew.check()
 
     def close(self) -> None:
         """End the threads."""
