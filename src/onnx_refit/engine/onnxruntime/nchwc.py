@@ -24,7 +24,7 @@ from onnx_refit.tensors import TensorSpec, value_info_of
 NODE_PREFIX = "nchwc_node_"
 """How the names of the nodes begin that a rewrite makes."""
 _MICROSOFT = "com.microsoft"
-# Elementwise operators of one input that keep the zeros (or at least finite values) of padded channels harmless.
+# Elementwise operators of one input, which know no layout.
 _ELEMENTWISE = frozenset(
     {"Relu", "Tanh", "Sigmoid", "Gelu", "FastGelu", "QuickGelu", "Erf", "LeakyRelu", "HardSigmoid", "HardSwish", "Elu"}
     | {"Softplus", "Neg", "Abs", "Identity", "Mish", "Selu", "Softsign", "ThresholdedRelu"}
@@ -196,7 +196,7 @@ class _GraphRewriter:
     def _entry(self, product: Product) -> _Blocked:
         """The product's left operand in blocked layout."""
         source = self._behind_reshapes(product.source) if product.rank == 2 else product.source
-        known = self._blocked.get(source) if product.alpha == 1.0 else None
+        known = self._unpadded(source) if product.alpha == 1.0 else None
         if known is not None and (
             known.channels != product.matrix.rows or (source != product.source and known.rank != 2)
         ):
@@ -221,6 +221,14 @@ class _GraphRewriter:
         entry = _Blocked(value, rows, product.rank, product.source if product.rank not in {2, 3, 4} else None)
         self._entries[key] = entry
         return entry
+
+    def _unpadded(self, name: str) -> _Blocked | None:
+        """A value in blocked layout that a product may read as it is.
+
+        Not one with padded channels: an infinite input makes those NaN, and NaN times a weight of zero is NaN.
+        """
+        blocked = self._blocked.get(name)
+        return None if blocked is None or blocked.channels % self._shared.block else blocked
 
     def _behind_reshapes(self, name: str) -> str:
         """The value that a matrix is a mere reshape of: it is about to be reshaped anyway."""
@@ -296,7 +304,7 @@ class _GraphRewriter:
         """Apply an elementwise operator to the blocked value, where a product reads the result."""
         if node.op_type not in _ELEMENTWISE or len(node.input) != 1 or len(node.output) != 1:
             return False
-        source = self._blocked.get(node.input[0])
+        source = self._unpadded(node.input[0])
         if source is None or node.output[0] not in self._wanted or any(captured(node)):
             return False
         copy = NodeProto()
