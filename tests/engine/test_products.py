@@ -7,11 +7,14 @@ import onnx
 import pytest
 from onnx import helper
 
+from onnx_refit.engine.onnxruntime.backend import create
 from onnx_refit.engine.onnxruntime.blocked import Matrix, block_size, blocked_matrix
 from onnx_refit.engine.onnxruntime.native import make_session, session_options
 from onnx_refit.engine.onnxruntime.nchwc import Rewritten, rewrite
 from onnx_refit.engine.onnxruntime.packer import Packer
 from onnx_refit.engine.onnxruntime.packing import packing
+from onnx_refit.errors import EngineError
+from onnx_refit.plan.compile import compile_model
 from onnx_refit.plan.trace.compose import simplified
 from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, Walk, c_strides, evaluate
 from onnx_refit.tensors import Array, TensorSpec, spec_of, value_info_of
@@ -228,3 +231,25 @@ def test_a_matrix_behind_a_value_of_unknown_rank() -> None:
     result = rewrite(inputs, specs, lambda k, columns, m: True, BLOCK)
     assert result.count == 2
     compare(result, made, arrays, {**x_of(12, 12), "shape": np.array([2, 2, 3, 12], np.int64)})
+
+
+@pytest.mark.parametrize("shape", [["M", "K"], ["B", "M", "K"]])
+def test_rows_of_another_length_are_refused_and_not_cut_anew(shape: list[str]) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    nodes = [helper.make_node("Relu", ["x"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "free",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [*shape[:-1], 64])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    free = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    compilation = compile_model(free)
+    backend = create(compilation.compiled, compilation.weights)
+    weights = backend.derive(compilation.weights)
+    good = np.ones([2] * (len(shape) - 1) + [64], np.float32)
+    np.testing.assert_allclose(backend.run(weights, {"x": good})["y"], good @ weight, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EngineError):
+        backend.run(weights, {"x": np.ones([16] * (len(shape) - 1) + [60], np.float32)})
+    backend.close()

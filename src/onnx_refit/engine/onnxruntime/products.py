@@ -91,6 +91,8 @@ class Finder:
         self._weights = weights
         self._shapes = shapes
         self._prefer = prefer
+        dimensions = (d for value in graph.input for d in value.type.tensor_type.shape.dim)
+        self._free = {d.dim_param for d in dimensions if d.dim_param}
         self._place = {node.output[0]: k for k, node in enumerate(graph.node) if node.output}
 
     def find(self) -> list[Product]:
@@ -112,6 +114,10 @@ class Finder:
         shape = self._shapes.get(node.input[0])
         rank = 2 if gemm else (None if shape is None else len(shape))
         if rank is not None and rank < 2:
+            return None
+        if shape and shape[-1] in self._free:
+            # Nothing says that the caller's rows have the weight's length; a blocked product takes rows as they come,
+            # and would cut them anew where a plain one refuses.
             return None
         if not rows or not self._prefer(rows, columns, _rows_of(shape)):
             return None
