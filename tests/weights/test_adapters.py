@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import onnx_refit
 from onnx_refit.errors import WeightsError, WeightsFormatError
 from onnx_refit.weights.delta import DeltaSource, is_delta, write_delta
 from onnx_refit.weights.fingerprint import combine, fingerprint, tensor_digest
@@ -19,6 +20,7 @@ from onnx_refit.weights.lora import LoraSource, load_adapter
 from onnx_refit.weights.open import open_weights
 from onnx_refit.weights.source import read_all
 from onnx_refit.weights.write import write_safetensors
+from tests.support.models import mlp, mlp_input
 
 RNG = np.random.default_rng(7)
 
@@ -164,7 +166,7 @@ def test_overflow_in_the_dtype_of_the_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no scale"):
         LoraSource(open_weights(base), [(load_adapter(tmp_path / "a"), float("nan"))])
     (tmp_path / "a" / "adapter_config.json").unlink()
-    with pytest.raises(WeightsError, match="no such file"):
+    with pytest.raises(WeightsError, match=r"has no adapter_config\.json"):
         load_adapter(tmp_path / "a")
 
 
@@ -288,3 +290,37 @@ def test_interpolation_needs_two_of_a_kind() -> None:
     big = {"h": np.full(1, 6e4, np.float16)}
     with pytest.raises(WeightsError, match="overflow"):
         LerpSource(open_weights({"h": -big["h"]}), open_weights(big), 3).read("h")
+
+
+# ---------------------------------------------------------------- what users run into
+
+
+def test_an_adapter_goes_onto_the_weights_of_an_engine(tmp_path: Path) -> None:
+    trained = {"h.weight": r(40, 24), "h.bias": r(40), "o.weight": r(10, 40), "o.bias": r(10)}
+    exported = {"w1": "h.weight", "b1": "h.bias", "w2": "o.weight", "b2": "o.bias"}
+    model = mlp({name: np.ascontiguousarray(trained[own].T) for name, own in exported.items()})
+    plan = onnx_refit.build(model, checkpoint=trained)
+    path = adapter(tmp_path / "a", pair("h", 40, 24))
+    x = mlp_input()
+    with onnx_refit.load(plan) as engine:
+        engine.refit(onnx_refit.lora(trained, path))
+        expected = engine.run({"x": x})["y"]
+    with onnx_refit.load(plan) as engine:
+        with pytest.raises(WeightsError, match=r"for 'h.weight', which the base .* names=plan.names"):
+            onnx_refit.lora(engine.weights(), path)
+        engine.refit(onnx_refit.lora(engine.weights(), path, names=plan.names))
+        np.testing.assert_array_equal(engine.run({"x": x})["y"], expected)
+
+
+def test_a_folder_that_is_no_adapter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    save_file({"x": r(2)}, tmp_path / "bare.safetensors")
+    for given, message in (
+        ("nodir", r"^nodir: no such file or folder"),
+        ("empty", r"^empty: the folder has no adapter_model.safetensors"),
+        ("bare.safetensors", rf"^{tmp_path}: the folder of the adapter has no adapter_config.json"),
+        ("", "path of the adapter is empty"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            load_adapter(given)

@@ -79,8 +79,19 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         WeightsError: a file cannot be read.
         WeightsFormatError: the adapter is damaged, or of a kind that is not merged exactly (DoRA and others).
     """
+    if not os.fspath(path):
+        raise WeightsError("the path of the adapter is empty")
     given = Path(path)
     file = given / "adapter_model.safetensors" if given.is_dir() else given
+    if not file.exists():
+        missing = f"the folder has no {file.name}" if given.is_dir() else "no such file or folder"
+        raise WeightsError(missing, where=given, hint="Give the folder of a PEFT adapter")
+    if not (file.parent / "adapter_config.json").exists():
+        raise WeightsError(
+            "the folder of the adapter has no adapter_config.json",
+            where=file.parent.absolute(),
+            hint="Give the folder of a PEFT adapter",
+        )
     config = read_object(file.parent / "adapter_config.json", what="the adapter's configuration")
     _refuse_other_kinds(config, file.parent)
     source = SafetensorsSource(file)
@@ -202,7 +213,12 @@ class LoraSource:
         if len(longer) + len(shorter) == 1:
             return (longer or shorter)[0]
         near = Nearest(specs.values()).find(TensorSpec(name, "float32", None))
-        meant = f"Near are {', '.join(str(c) for c in near)}" if near else "Is it the right base?"
+        meant = (
+            f"Near are {', '.join(str(c) for c in near)}"
+            if near
+            else "Is it the right base? If it is engine.weights(), which has the names of the exported model, give "
+            "names=plan.names too"
+        )
         raise WeightsError(
             f"is for {name!r}, which the base {self._base.description} does not have",
             where=adapter.description,
