@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -486,6 +487,26 @@ def test_urls_are_fetched_with_what_they_need_and_cleaned_up(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["local"]
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://a/b.safetensors", r"https:// URLs needs the package 'aiohttp'.*pip install 'onnx-refit\[remote\]'"),
+        ("s3://a/b.npz", "needs the package 's3fs', which is not installed. Install it with: pip install s3fs"),
+        ("simplecache::gs://a/b.npz", "needs the package 'gcsfs'"),
+        ("odd://a/b.npz", "cannot be fetched: Install oddfs. Install the package that it names"),
+    ],
+)
+def test_the_package_that_a_kind_of_url_needs_is_named(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    def refuse(url: str) -> None:
+        raise ImportError("Install oddfs")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refuse)
+    with pytest.raises(OnnxRefitError, match=message):
+        open_weights(url)
+
+
 # ---------------------------------------------------------------- PyTorch
 
 
@@ -527,13 +548,21 @@ class Evil:
 def test_torch_checkpoints_that_would_run_code_are_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"w": Evil(str(tmp_path / "exploded"))}, tmp_path / "evil.pt")
-    with pytest.raises(WeightsFormatError, match=r"run code|plain tensors"):
+    with pytest.raises(WeightsFormatError, match=r"it holds [\w.]+, which is no tensor\. .* would run code"):
         open_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "exploded").exists()
-    for content in (b"PK\x03\x04 not really", b"\x80\x02garbage", b"hello"):
+    torch.save({"w": torch.zeros(2), "args": argparse.Namespace(x=1)}, tmp_path / "args.pt")
+    with pytest.raises(WeightsFormatError, match=r"it holds argparse.Namespace, which is no tensor"):
+        open_weights(tmp_path / "args.pt")
+    for content in (b"PK\x03\x04 not really", b"\x80\x02garbage", b"hello", (tmp_path / "args.pt").read_bytes()[:-40]):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(WeightsFormatError):
+        with pytest.raises(WeightsFormatError) as caught:
             open_weights(tmp_path / "bad.pt")
+        text = str(caught.value)
+        assert "weights_only" not in text
+        assert "\x1b" not in text
+        assert ".." not in text
+        assert len(text) < 250 + len(str(tmp_path))
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(WeightsFormatError, match="not a state dict"):
         open_weights(tmp_path / "list.pt")

@@ -17,6 +17,20 @@ from onnx_refit.weights.sources.strict_json import read_object
 
 _CHUNK = 8 << 20
 _FETCH_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, NotImplementedError)
+# What fsspec needs for a kind of URL; only the first two are in the extra.
+_PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "hf": "huggingface_hub",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
 
 
 def is_url(text: str) -> bool:
@@ -34,7 +48,7 @@ class RemoteSource:
         progress: called with (bytes so far, file name) after each chunk.
 
     Raises:
-        MissingExtraError: fsspec is not installed.
+        MissingExtraError: fsspec, or what it needs for http, is not installed.
         WeightsError: the URL cannot be fetched.
     """
 
@@ -95,11 +109,28 @@ def _fetch(url: str, directory: Path, progress: Callable[[int, str], None]) -> P
             _copy(files, f"{parent}/{name}", target, progress)
     except OnnxRefitError:
         raise
+    except ImportError as error:
+        raise _missing(url, error) from error
     except _FETCH_ERRORS as error:
         raise WeightsError(
             f"cannot be fetched: {type(error).__name__}: {error}", where=url, hint="Check the URL and your access"
         ) from error
     return local
+
+
+def _missing(url: str, error: ImportError) -> OnnxRefitError:
+    """Which package a kind of URL needs."""
+    scheme = url.partition("://")[0].split("::")[-1]
+    package = _PACKAGES.get(scheme)
+    if package == "aiohttp":
+        return MissingExtraError(package, "remote", f"reading {scheme}:// URLs")
+    if package is None:
+        return WeightsError(f"cannot be fetched: {error}", where=url, hint="Install the package that it names")
+    return WeightsError(
+        f"reading {scheme}:// URLs needs the package {package!r}, which is not installed",
+        where=url,
+        hint=f"Install it with: pip install {package}",
+    )
 
 
 def _needed(path: Path) -> list[str]:

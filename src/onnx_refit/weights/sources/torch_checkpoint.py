@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ _LOAD_ERRORS = (
     MemoryError,
     zipfile.BadZipFile,
 )
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_GLOBAL = re.compile(r"\bGLOBAL ([\w.]+\w)")
 
 
 class TorchCheckpointSource:
@@ -80,14 +83,26 @@ def _load(path: Path) -> Any:
     except OSError as error:
         raise unreadable(path, error) from error
     except _LOAD_ERRORS as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "The file is damaged: write or copy it again"
-        if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
-            hint = (
-                "It holds more than tensors, and reading the rest would run code of its author: "
-                "save model.state_dict() alone, or better safetensors"
-            )
-        raise WeightsFormatError(f"no PyTorch checkpoint of plain tensors: {text[0]}", where=path, hint=hint) from error
+        reason, hint = _reason(error)
+        raise WeightsFormatError(f"no PyTorch checkpoint of plain tensors: {reason}", where=path, hint=hint) from error
+
+
+def _reason(error: BaseException) -> tuple[str, str]:
+    """What is wrong with a file, and what to do, without PyTorch's own advice, which is to run the file's code."""
+    text = _ANSI.sub("", str(error)).strip()
+    found = _GLOBAL.search(text)
+    if found is not None:
+        return (
+            f"it holds {found[1]}, which is no tensor",
+            "Reading it would run code of its author: save model.state_dict() alone, or better safetensors",
+        )
+    if "weights_only" in text or "WeightsUnpickler" in text:
+        return (
+            "its pickle is damaged, or holds more than tensors",
+            "Write or copy it again: save model.state_dict() alone, or better safetensors",
+        )
+    sentence = (text.splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+    return sentence, "The file is damaged: write or copy it again"
 
 
 def _state_dict(value: Any, path: Path) -> dict[str, object]:
