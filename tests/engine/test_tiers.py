@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -94,4 +97,21 @@ def test_a_second_tier_that_fails_for_one_set_is_there_for_the_next(monkeypatch:
     made = live.backend.derive(live.other(1), made)
     assert made.full_speed.wait(60)
     live.check(made, live.other(1))
+    live.backend.close()
+
+
+def test_the_session_of_a_dead_set_is_taken_apart_in_the_background() -> None:
+    live = Live("lstm")
+    made = live.backend.derive(live.weights)
+    assert made.full_speed.wait(60)
+    session = weakref.ref(made.runner.session)
+    second = live.backend._second
+    assert second is not None
+    del made
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while session() is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert session() is None
+    assert second.dead == []
     live.backend.close()

@@ -12,8 +12,9 @@ from onnx_refit.errors import OnnxRefitError
 from onnx_refit.plan.compiled import SourceWeight
 from onnx_refit.refit.check_report import Accepted, CheckReport, Missing, Rejected, RejectReason, Unused
 from onnx_refit.tensors import Array, TensorSpec, is_floating
+from onnx_refit.weights.finite import Reader
 from onnx_refit.weights.nearest import Nearest
-from onnx_refit.weights.scan import CastProblem, Measure, Worst, all_finite, cast, first_non_finite, measure, same_bits
+from onnx_refit.weights.scan import CastProblem, Measure, Worst, cast, first_non_finite, measure, same_bits
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.view import NamedView, ViewProblemKind
 
@@ -102,6 +103,14 @@ def check(
     rejected: list[Rejected] = []
     missing: list[Missing] = []
     arrays: dict[str, Array] = {}
+    fitting = (
+        source.spec.name
+        for source in sources
+        if source.spec.name not in problems
+        and (found := specs.get(source.spec.name)) is not None
+        and found.shape == source.spec.shape
+    )
+    reader = Reader(weights, fitting, look=not chosen.allow_nonfinite)
     for source in sources:
         spec = source.spec
         name = spec.name
@@ -119,7 +128,7 @@ def check(
         if stored.shape != spec.shape:
             rejected.append(Rejected(name, names, RejectReason.SHAPE, _shape_text(spec, stored), spec))
             continue
-        array, refusal = _load(weights, spec, stored, chosen)
+        array, refusal = _load(reader, spec, stored, chosen)
         if array is None:
             rejected.append(Rejected(name, names, *refusal, spec))
             continue
@@ -142,15 +151,15 @@ def _missing(spec: TensorSpec, view: NamedView | None) -> Missing:
 
 
 def _load(
-    weights: WeightSource, spec: TensorSpec, stored: TensorSpec, options: CheckOptions
+    reader: Reader, spec: TensorSpec, stored: TensorSpec, options: CheckOptions
 ) -> tuple[Array | None, tuple[RejectReason, str]]:
     """One tensor in the declared dtype, or why it cannot be had."""
     try:
-        array = weights.read(spec.name)
+        array, finite = reader.read(spec.name)
     except OnnxRefitError as error:
         return None, (RejectReason.UNREADABLE, str(error))
     # A non-finite value is said to be one before a cast can speak of it.
-    if not options.allow_nonfinite and not all_finite(array):
+    if not finite:
         return None, (RejectReason.NON_FINITE, _non_finite_text(array))
     if stored.dtype != spec.dtype:
         result = cast(array, spec.dtype, rounding=options.casting is Casting.ROUND)

@@ -11,6 +11,7 @@ from onnx_refit.engine.protocol import Backend
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
+from onnx_refit.refit.retain import Retainer, own_copy
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.unchanged import sample, unchanged
@@ -18,13 +19,6 @@ from onnx_refit.refit.versions import Version
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array
 from onnx_refit.weights.source import WeightSource
-
-
-def _own(array: Array) -> Array:
-    """A copy that nobody can change: callers write to their arrays, and replace or cut the files they map."""
-    copied = np.array(array)
-    copied.flags.writeable = False
-    return copied
 
 
 class Derivation:
@@ -41,6 +35,7 @@ class Derivation:
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
+        self._retainer = Retainer(spec for name, spec in self._specs.items() if name in self._kept_names)
 
     def weights_of(self, held: Version | Candidate) -> VersionWeights:
         """The source weights of a version or candidate, read back bit for bit."""
@@ -52,7 +47,7 @@ class Derivation:
         return Version(
             number=0,
             weights=self._backend.derive(weights),
-            retained={name: _own(weights[name]) for name in self._kept_names},
+            retained={name: own_copy(weights[name]) for name in self._kept_names},
             samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._specs},
             source=source,
             parent=None,
@@ -89,9 +84,7 @@ class Derivation:
             required = changed if full else self._backend.required(changed)
             needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
             weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
-            retained = {
-                name: _own(arrays[name]) if name in arrays else base.retained[name] for name in self._kept_names
-            }
+            retained = self._retainer.retain(arrays, base.retained)
         return Candidate(
             weights=weights,
             retained=retained,

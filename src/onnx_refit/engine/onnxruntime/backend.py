@@ -140,7 +140,8 @@ class OnnxRuntimeBackend:
 
     def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
         runner = Runner(self._session, {n: b for n, b in buffers.items() if n in self._read}, self._outputs)
-        return OnnxRuntimeWeightSet(buffers, shared, runner, self._outputs, one_tier=self._second is None)
+        dead = None if self._second is None else self._second.dead
+        return OnnxRuntimeWeightSet(buffers, shared, runner, self._outputs, dead)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

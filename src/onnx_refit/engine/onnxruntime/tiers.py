@@ -39,6 +39,7 @@ _PACKING: Mapping[str, tuple[int, ...]] = {
     "QAttention": (1,),
 }
 _PLACEHOLDER = "placeholder.bin"
+_IDLE = 1.0  # seconds between looks at what died without a successor
 _PATIENCE = 0.05  # seconds that a new set has for its first answer
 
 
@@ -75,6 +76,7 @@ class SecondTier:
 
     Attributes:
         baked: the weights of its graph; its sessions have them as initializers.
+        dead: what ran dead weight sets; the thread takes it apart when it has nothing more urgent to do.
 
     Args:
         model: the second tier's graph, its weights being graph inputs.
@@ -92,6 +94,7 @@ class SecondTier:
         self._waiting: list[weakref.ref[Promotable]] = []
         self._changed = threading.Condition()
         self._asked = 0
+        self.dead: list[object] = []
         self._closed = False
         self._building: ort.SessionOptions | None = None
         self._thread: threading.Thread | None = None
@@ -112,11 +115,11 @@ class SecondTier:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
+                if not self._waiting and not self._closed:
+                    self._changed.wait(_IDLE)
                 if self._closed:
                     return
-                weights, asked = self._waiting.pop()(), self._asked
+                weights, asked = self._waiting.pop()() if self._waiting else None, self._asked
             if weights is not None:
                 # Building takes the cores that the first answer needs.
                 weights.answered.wait(_PATIENCE)
@@ -126,7 +129,10 @@ class SecondTier:
                         self._waiting.insert(0, weakref.ref(weights))
                 if not superseded:
                     weights.promote(None if self._closed else self._build(weights))
+                    self.dead.clear()  # however busy: each set built leaves a session behind
             del weights
+            if not self._waiting:
+                self.dead.clear()  # after what was asked for, and outside the lock: whoever asks must not wait for it
 
     def _build(self, weights: Promotable) -> ort.InferenceSession | None:
         try:
@@ -156,6 +162,7 @@ class SecondTier:
                 weights.promote(None)
         if self._thread is not None:
             self._thread.join()
+        self.dead.clear()
         self._folder.cleanup()
 
 

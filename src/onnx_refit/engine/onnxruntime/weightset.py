@@ -98,7 +98,7 @@ class OnnxRuntimeWeightSet:
         shared_nbytes: bytes of those that another set has too.
         runner: what runs it at first.
         outputs: the model's outputs.
-        one_tier: whether the first tier is the last.
+        dead: takes the promoted runner when the set dies; None where there is only one tier.
     """
 
     def __init__(
@@ -107,15 +107,23 @@ class OnnxRuntimeWeightSet:
         shared_nbytes: int,
         runner: Runner,
         outputs: Sequence[str],
-        *,
-        one_tier: bool,
+        dead: list[object] | None,
     ) -> None:
         self.buffers = buffers
         self.runner = runner
         self._shared = shared_nbytes
         self._outputs = tuple(outputs)
-        self._tiers = Tiers(done=one_tier)
+        self._tiers = Tiers(done=dead is None)
+        self._dead = dead
+        self._promoted = False
         self.answered = threading.Event()
+
+    def __del__(self) -> None:
+        # Taking a session apart takes longer than a refit, and whoever publishes the next set would have to wait for
+        # it. Appending is atomic: this runs in any thread, where no lock may be taken. The buffers go back at once,
+        # since nobody runs the session any more.
+        if self._promoted and self._dead is not None:
+            self._dead.append(self.runner)
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +148,7 @@ class OnnxRuntimeWeightSet:
         """Run on this session from now on, which holds the weights itself; None: it will never come."""
         if session is not None:
             self.runner = Runner(session, {}, self._outputs)
+            self._promoted = True
         self._tiers.decide(reached=session is not None)
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:

@@ -24,6 +24,10 @@ _TORCH_NAMES = {
     "torch.float8_e4m3fn": "float8e4m3fn",
     "torch.float8_e5m2": "float8e5m2",
 }
+# What needs no closer look: a mapping may hold thousands of arrays.
+_NATIVE: dict[np.dtype[Any], str] = {
+    np.dtype(dtype): dtype_name(dtype) for dtype in (np.float32, np.float16, np.float64, np.int8, np.uint8, np.int64)
+}
 
 
 def is_torch_tensor(value: object) -> bool:
@@ -132,6 +136,9 @@ class ArraysSource:
         for name, value in self._values.items():
             if not isinstance(name, str):
                 raise WeightsError(f"the name {name!r} is no text", where=description)
+            if type(value) is np.ndarray and (plain := _NATIVE.get(value.dtype)) is not None:
+                specs[name] = TensorSpec(name, plain, value.shape)
+                continue
             where = f"{description}[{name!r}]"
             if is_torch_tensor(value):
                 specs[name] = _torch_spec(name, value, where)
