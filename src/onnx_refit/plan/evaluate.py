@@ -26,7 +26,8 @@ _CARRIERS: dict[str, type[np.generic]] = {
     "int4": np.uint8,
     "uint4": np.uint8,
 }
-_PACKED = {"int4", "uint4"}
+PACKED = frozenset({"int4", "uint4"})
+"""Dtypes of which ONNX Runtime has two elements in a byte and NumPy one."""
 
 
 def affected(program: RefitProgram, changed: Collection[str]) -> frozenset[str]:
@@ -137,7 +138,7 @@ def _run_session(
         binding.bind_ortvalue_output(spec.name, value)
     session.run_with_iobinding(binding)
     specs = {spec.name: spec for spec in outputs}
-    return {name: _unpack(array, specs[name]) for name, array in results.items()}
+    return {name: unpack(array, specs[name]) for name, array in results.items()}
 
 
 def ort_value(array: Array) -> tuple[ort.OrtValue, Array]:
@@ -151,13 +152,12 @@ def ort_value(array: Array) -> tuple[ort.OrtValue, Array]:
     carrier = _CARRIERS.get(spec.dtype)
     if carrier is None:
         return ort.OrtValue.ortvalue_from_numpy(owner), owner
-    owner = _pack(owner) if spec.dtype in _PACKED else owner
+    owner = pack(owner, np.zeros(owner.shape, np.uint8)) if spec.dtype in PACKED else owner
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(owner.view(carrier), onnx_dtype(spec.dtype)), owner
 
 
-def _pack(array: Array) -> Array:
-    """Four-bit elements two a byte, the first one low, in a uint8 buffer of the array's own shape."""
-    packed = np.zeros(array.shape, np.uint8)
+def pack(array: Array, packed: Array) -> Array:
+    """Write four-bit elements two a byte, the first one low, into (the first half of) a contiguous uint8 array."""
     nibbles = array.astype(np.uint8).reshape(-1) & 15
     flat = packed.reshape(-1)
     flat[: (nibbles.size + 1) // 2] = nibbles[0::2]
@@ -165,8 +165,9 @@ def _pack(array: Array) -> Array:
     return packed
 
 
-def _unpack(array: Array, spec: TensorSpec) -> Array:
-    if spec.dtype not in _PACKED:
+def unpack(array: Array, spec: TensorSpec) -> Array:
+    """The elements that ONNX Runtime wrote for this spec, as NumPy has them: the array itself or an unpacked one."""
+    if spec.dtype not in PACKED:
         return array
     flat = array.reshape(-1).view(np.uint8)[: (spec.size + 1) // 2]
     nibbles = np.stack([flat & 15, flat >> 4], axis=1).reshape(-1)[: spec.size].astype(np.int8)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from onnx_refit.engine.onnxruntime.native import Value, wrap
+from onnx_refit.engine.onnxruntime.native import Value, owned
+from onnx_refit.plan.evaluate import pack
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
 _ALIGNMENT = 64
@@ -28,7 +29,7 @@ class Storage:
         settled: whether it is sure that no thread is writing it; never given out again otherwise.
     """
 
-    __slots__ = ("array", "flat", "settled", "spec", "value", "views")
+    __slots__ = ("_owner", "array", "flat", "settled", "spec", "value", "views")
 
     def __init__(self, spec: TensorSpec) -> None:
         dtype = numpy_dtype(spec.dtype)
@@ -38,8 +39,15 @@ class Storage:
         self.spec = spec
         self.flat: Array = raw[start : start + nbytes].view(dtype)
         self.array: Array = self.flat.reshape(spec.static_shape)
-        self.value: Value = wrap(self.array)
+        self.value: Value
+        self.value, self._owner = owned(self.array)
         self.views: tuple[Array, ...] | None = None
+        self.settled = True
+
+    def settle(self) -> None:
+        """Note that the array is written and no thread writes it any more; ``value`` has its elements from now on."""
+        if self._owner is not self.array:
+            pack(self.array, self._owner)
         self.settled = True
 
 

@@ -223,7 +223,7 @@ class Deriver:
             storage.settled = False
         self._run(tasks)
         for storage in targets.values():
-            storage.settled = True
+            storage.settle()
 
     def _widen(self, flat: Array) -> Array:
         """A float16 tensor as float32."""

@@ -20,7 +20,8 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as capi
 
 from onnx_refit.errors import EngineError
-from onnx_refit.tensors import Array, dtype_name, numpy_dtype, onnx_dtype
+from onnx_refit.plan.evaluate import PACKED, ort_value, unpack
+from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype, onnx_dtype
 
 PROVIDERS = ["CPUExecutionProvider"]
 NCHWC_DOMAIN = "com.microsoft.nchwc"
@@ -29,6 +30,7 @@ _DEVICE = ort.OrtDevice.make("cpu", 0)._get_c_device()
 _RAW = {"bfloat16": np.uint16, "float8e4m3fn": np.uint8, "float8e5m2": np.uint8}
 
 _RAW_BY_ONNX = {onnx_dtype(name): name for name in _RAW}
+_PACKED_BY_ONNX = {onnx_dtype(name): name for name in PACKED}
 
 Value = Any
 """A C ``OrtValue``."""
@@ -43,6 +45,14 @@ def wrap(array: Array) -> Value:
     return capi.OrtValue.ortvalue_from_numpy(array, _DEVICE)
 
 
+def owned(array: Array) -> tuple[Value, Array]:
+    """An OrtValue of a C-contiguous array, and the array that owns its memory: a packed copy of four-bit elements."""
+    if dtype_name(array.dtype) not in PACKED:
+        return wrap(array), array
+    value, owner = ort_value(array)
+    return value._ortvalue, owner
+
+
 def public_value(value: Value) -> ort.OrtValue:
     """The public OrtValue around a C one."""
     return ort.OrtValue(value)
@@ -50,6 +60,10 @@ def public_value(value: Value) -> ort.OrtValue:
 
 def unwrap(value: Value) -> Array:
     """The array of an OrtValue, over its own memory where NumPy has the type."""
+    packed = _PACKED_BY_ONNX.get(value.element_type())
+    if packed is not None:
+        spec = TensorSpec("", packed, tuple(value.shape()))
+        return unpack(np.frombuffer(ctypes.string_at(value.data_ptr(), (spec.size + 1) // 2), np.uint8), spec)
     raw = _RAW_BY_ONNX.get(value.element_type())
     if raw is None:
         array: Array = value.numpy()
@@ -94,7 +108,7 @@ def make_session(
 
 def has_plain_outputs(session: ort.InferenceSession) -> bool:
     """Whether NumPy has the types of all the session's outputs."""
-    return not any(raw in output.type for output in session.get_outputs() for raw in ("bfloat", "float8"))
+    return not any(raw in output.type for output in session.get_outputs() for raw in ("bfloat", "float8", "int4"))
 
 
 def run_plain(session: ort.InferenceSession, outputs: Sequence[str], inputs: dict[str, Array]) -> list[Array]:
@@ -129,9 +143,12 @@ class Binding:
     def run(self, inputs: Iterable[tuple[str, Array]]) -> list[Array]:
         """Run with these further inputs; outputs in the order given at construction."""
         io = self._io
+        owners = []
         for name, array in inputs:
-            if array.dtype.kind == "V":  # bfloat16, float8
-                io.bind_ortvalue_input(name, wrap(array))
+            if array.dtype.kind == "V":  # bfloat16, float8, int4
+                value, owner = owned(array)
+                owners.append(owner)
+                io.bind_ortvalue_input(name, value)
             else:
                 io.bind_input(name, array)
         io.clear_binding_outputs()  # outputs keep the first call's shape otherwise
