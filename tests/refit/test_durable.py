@@ -241,3 +241,21 @@ def test_an_empty_path_is_not_the_current_directory(plan_path: Path) -> None:
     for given in (lambda: onnx_refit.load(plan_path, weights=""), lambda: onnx_refit.check(plan_path, "")):
         with pytest.raises(WeightsError, match="the path is empty"):
             given()
+
+
+def test_a_refit_with_the_same_weights_repairs_a_damaged_store(plan_path: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with onnx_refit.load(plan_path, store=store) as engine:
+        engine.refit(mlp_weights(1))
+        flip(packs(store)[1])
+        engine.refit(mlp_weights(2))
+        engine.refit(mlp_weights(1))  # the same tensors, of which the store has one damaged
+    with onnx_refit.load(plan_path, store=store) as engine:
+        assert answers(engine, 1)
+    flip(packs(store)[-1])
+    with pytest.raises(StoreError, match="damaged"):
+        onnx_refit.load(plan_path, store=store)
+    with Store.open(store) as opened:
+        opened.rollback(3)
+    with onnx_refit.load(plan_path, store=store) as engine:
+        assert answers(engine, 2)

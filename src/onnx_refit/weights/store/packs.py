@@ -10,6 +10,7 @@ import numpy as np
 
 from onnx_refit.errors import StoreError, WeightsError
 from onnx_refit.tensors import Array, dtype_name, numpy_dtype
+from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.sources.safetensors import STORABLE, SafetensorsSource, safetensors_dtype
 from onnx_refit.weights.store.disk import Disk, write_file
 
@@ -46,8 +47,14 @@ class Packs:
         if path.stem.isdecimal():
             self._next = max(self._next, int(path.stem) + 1)
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._holder
+    def hold(self, digest: str, array: Array) -> bool:
+        """Whether a pack has a tensor of that digest, sound: a damaged one is to be written again."""
+        if digest not in self._holder:
+            return False
+        try:
+            return same_bits(self.read(digest, dtype_name(array.dtype)), array)
+        except StoreError:
+            return False
 
     def read(self, digest: str, dtype: str) -> Array:
         """A tensor by its digest, mapped and read-only; StoreError if no pack holds it as that dtype."""

@@ -22,7 +22,10 @@ from onnx_refit.weights.store.disk import Disk, Lock, store_error, write_file
 from onnx_refit.weights.store.packs import Packs
 from onnx_refit.weights.store.records import Action, Entry, Manifest, VersionRecord, decode_entries, now
 
-_DAMAGED = "Roll back to another version, or restore the store from a backup"
+_DAMAGED = (
+    "Restore the store from a backup, or go to another version: engine.rollback(to=N), or without an engine "
+    "onnx_refit.weights.store.Store.open(path).rollback(N)"
+)
 
 
 class Store:
@@ -140,7 +143,9 @@ class Store:
             new = _digests(arrays)
             digests = {**base.digests, **new}
             manifest = Manifest({**base.specs, **{name: spec_of(name, a) for name, a in arrays.items()}}, digests)
-            self._packs.write({new[name]: array for name, array in arrays.items() if new[name] not in self._packs})
+            self._packs.write(
+                {new[name]: array for name, array in arrays.items() if not self._packs.hold(new[name], array)}
+            )
             data = manifest.encode()
             hashed = hashlib.sha256(data).hexdigest()
             write_file(self._disk, self._manifest_path(hashed), [data])
