@@ -157,7 +157,14 @@ def show_check(report: CheckReport, *, measured: bool) -> None:
         refused = [(r.name, r.reason.value, r.text) for r in report.rejected]
         table(f"rejected: {len(refused)}", ["weight", "reason", "detail"], refused)
     if report.missing:
-        missing = [(m.name, _specs(m), ", ".join(near.spec.name for near in m.candidates)) for m in report.missing]
+        missing = [
+            (
+                m.name,
+                ", ".join(map(str, m.expected)) or _specs(m),
+                ", ".join(near.spec.name for near in m.candidates),
+            )
+            for m in report.missing
+        ]
         table(
             f"missing: {len(missing)}" + (" (they stay as they are)" if report.partial else ""),
             ["weight", "expected", "nearest in the checkpoint"],
