@@ -146,7 +146,7 @@ def _refit(case: Case, engine: onnx_refit.Engine, inputs: Mapping[str, Array], b
     }
 
 
-def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = 5.0) -> dict[str, float]:
+def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = 3.0) -> dict[str, float]:
     """P99 of a client alone, and while somebody refits every 50 ms."""
     sets = [other_weights(engine, seed) for seed in (3, 4)]
 

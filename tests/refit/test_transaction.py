@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import safetensors.numpy
 
 import onnx_refit
 from onnx_refit.errors import CanaryError, EngineError, InputError, OnnxRefitError, PlanError, RefitError, VersionError
@@ -515,3 +518,28 @@ def test_no_answer_is_torn_while_refits_commit(plan: onnx_refit.Plan) -> None:
             thread.join()
         assert engine.version == 201
     assert not torn
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux shows them")
+def test_no_file_is_left_open(engine: onnx_refit.Engine, tmp_path: Path) -> None:
+    for seed in range(2):
+        safetensors.numpy.save_file(mlp_weights(seed), tmp_path / f"{seed}.safetensors")
+    bad = {**mlp_weights(3), "w1": np.zeros((2, 2), np.float32)}
+    safetensors.numpy.save_file(bad, tmp_path / "bad.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "0.safetensors").read_bytes()[:-100])
+
+    def cycle() -> None:
+        engine.refit(tmp_path / "1.safetensors")
+        engine.refit(tmp_path / "0.safetensors")
+        for name in ("bad", "cut", "none"):
+            with pytest.raises(OnnxRefitError):
+                engine.refit(tmp_path / f"{name}.safetensors")
+
+    cycle()
+    gc.collect()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        cycle()
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+    assert answers(engine, mlp_weights(0))
