@@ -305,11 +305,18 @@ def test_what_a_canary_refused_is_committed_by_force_only(engine: onnx_refit.Eng
     staged = engine.stage(mlp_weights(1))
     with pytest.raises(CanaryError):
         staged.canary({"x": X}, {"y": np.zeros((3, 10))})
-    staged.canary({"x": X})
     with pytest.raises(CanaryError, match="refused these weights"):
         staged.commit()
     assert engine.version == 1
     assert staged.commit(force=True).version == 2
+
+
+def test_the_last_canary_decides(engine: onnx_refit.Engine) -> None:
+    staged = engine.stage(mlp_weights(1))
+    with pytest.raises(CanaryError):
+        staged.canary({"x": X}, {"y": np.zeros((3, 10))})
+    staged.canary({"x": X}, {"y": mlp_reference(mlp_weights(1), X)}, rtol=1e-3, atol=1e-3)
+    assert staged.commit().version == 2
 
 
 # ---------------------------------------------------------------- faults, injected at every step

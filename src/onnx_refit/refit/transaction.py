@@ -95,7 +95,8 @@ class Staged:
             accept: the caller's own judge, see ``Canary.accept``.
 
         Raises:
-            CanaryError: refused; the set stays staged and can be run or discarded, but is committed only by force.
+            CanaryError: refused; the set stays staged and can be run or discarded, but is committed only by force,
+                or once another canary has passed.
         """
         self._require_staged("try a canary on")
         canary = inputs if isinstance(inputs, Canary) else Canary(inputs, expect, rtol, atol, accept)
@@ -107,6 +108,7 @@ class Staged:
             raise
         finally:
             self.seconds["canary"] = self.seconds.get("canary", 0.0) + time.perf_counter() - started
+        self.refused = None
         self.canaries.append(result)
         return result
 
@@ -114,10 +116,10 @@ class Staged:
         """Publish the staged weights: requests that start from now on use them; running ones finish on the old.
 
         Args:
-            force: publish although a canary refused.
+            force: publish although the last canary refused.
 
         Raises:
-            CanaryError: a canary refused these weights.
+            CanaryError: the last canary refused these weights.
             RefitError: already committed or discarded, or another version was committed since this one was staged
                 from it and this one replaces only some weights.
             StoreError: the durable store could not take the version; nothing was published.
@@ -125,9 +127,9 @@ class Staged:
         self._require_staged("commit")
         if self.refused is not None and not force:
             raise CanaryError(
-                f"a canary refused these weights ({self.refused.message})",
+                f"the last canary refused these weights ({self.refused.message})",
                 where=self.refused.where,
-                hint="Discard them, or commit with force=True",
+                hint="Run one that passes, discard them, or commit by force",
             )
         report = self._engine.publish(self)
         self.state = State.COMMITTED
