@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
@@ -113,6 +114,25 @@ def opset(model: ModelProto, domain: str = "") -> int | None:
         if entry.domain in wanted:
             return int(entry.version)
     return None
+
+
+def without_initializers(model: ModelProto) -> ModelProto:
+    """A copy of a model without the initializers of its main graph; their bytes are not touched."""
+    bare = ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(bare, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(bare.graph, field.name, value)
+    return bare
+
+
+def _copy_field(target: Any, name: str, value: Any) -> None:
+    if isinstance(value, str | int | bytes):
+        setattr(target, name, value)
+    else:
+        getattr(target, name).MergeFrom(value)
 
 
 def has_external_tensors(model: ModelProto) -> bool:

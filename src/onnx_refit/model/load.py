@@ -15,7 +15,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from onnx_refit.errors import ModelError, UnsupportedModelError
 from onnx_refit.model.detach import read_detached
-from onnx_refit.model.graph import all_graphs, opset
+from onnx_refit.model.graph import all_graphs, opset, without_initializers
 
 _STANDARD = ("", "ai.onnx")
 _MAX_PROTOBUF = 2**31 - 1
@@ -194,16 +194,17 @@ def check_model(model: ModelProto, path: Path | None = None) -> None:
 
 
 def _bare(model: ModelProto) -> ModelProto:
-    """The model for the checker: a tensor that is elsewhere becomes an empty one, an unknown shape some shape.
+    """The model for the checker: no bytes of weights, external data beside it, an unknown shape some shape.
 
-    The checker looks external data up, and wants every output to have a shape, which ONNX Runtime does not.
+    The checker takes the model's serialised form, looks external data up, and wants every output to have a shape,
+    which ONNX Runtime does not. It does not look into the bytes of a tensor.
     """
-    outputs = [value.type for value in model.graph.output if value.type.HasField("tensor_type")]
-    known = all(kind.tensor_type.HasField("shape") for kind in outputs)
-    if known and not any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(model)):
-        return model
-    bare = ModelProto()
-    bare.CopyFrom(model)
+    bare = without_initializers(model)
+    for tensor in model.graph.initializer:
+        if tensor.HasField("raw_data") and math.prod(tensor.dims) > _SMALL:
+            bare.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"0")
+        else:
+            bare.graph.initializer.append(tensor)
     for value in bare.graph.output:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import onnx
 from onnx import ModelProto, ValueInfoProto
 
-from onnx_refit.model.graph import all_graphs
+from onnx_refit.model.graph import all_graphs, without_initializers
 from onnx_refit.tensors import spec_of_value_info
 
 _SMALL = 256
@@ -66,26 +65,13 @@ def without_weights(model: ModelProto) -> ModelProto:
     Inference hands models through their serialised form, which costs as much as the weights are large, and cannot be
     above 2 GB.
     """
-    light = ModelProto()
-    for field, value in model.ListFields():
-        if field.name != "graph":
-            _copy_field(light, field.name, value)
-    for field, value in model.graph.ListFields():
-        if field.name != "initializer":
-            _copy_field(light.graph, field.name, value)
+    light = without_initializers(model)
     for tensor in model.graph.initializer:
         if math.prod(tensor.dims) <= _SMALL:
             light.graph.initializer.append(tensor)
         else:
             light.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     return light
-
-
-def _copy_field(target: Any, name: str, value: Any) -> None:
-    if isinstance(value, str | int | bytes):
-        setattr(target, name, value)
-    else:
-        getattr(target, name).MergeFrom(value)
 
 
 def product(dims: Sequence[int | str | None]) -> int | None:

@@ -8,6 +8,7 @@ elements; an int8 holds 7. Values are ordinary (positive normals for floats), ne
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ Numbers = npt.NDArray[np.int64]
 PADDING = -1
 FOREIGN = -2
 _BLOCK = 1 << 19  # words of random bits drawn at once
+_CHUNK = 1 << 18  # elements decoded at once
 
 # Odd, and far from each other; a second one is tried where a coded value equals a constant of the model.
 MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
@@ -79,11 +81,35 @@ class Code:
         numbers += word(base)
         return numbers.astype(carrier, copy=False).view(numpy_dtype(self.dtype))
 
+    def number(self, raws: Sequence[int]) -> int:
+        """As ``decode``, of one element: its bits as an unsigned integer in each run."""
+        _, bits, base = _RANGES[self.dtype]
+        if not any(raws):
+            return PADDING
+        number = 0
+        for digit, raw in enumerate(raws):
+            found = raw - base
+            if found < 0 or found >> bits:
+                return FOREIGN
+            number |= found << (bits * digit)
+        modulus = 1 << min(64, bits * len(raws))
+        number = number * pow(self.multiplier, -1, modulus) & (modulus - 1)
+        return number if number < self.total else FOREIGN
+
     def decode(self, values: list[Array]) -> Numbers:
         """The numbers of values of one tensor, the same elements from each run; PADDING and FOREIGN for others."""
+        result = np.empty(values[0].shape, np.int64)
+        flat = result.reshape(-1)
+        for first in range(0, flat.size, _CHUNK):
+            part = slice(first, first + _CHUNK)
+            self._decode([each.reshape(-1)[part] for each in values], flat[part])
+        return result
+
+    def _decode(self, values: list[Array], result: Numbers) -> None:
         carrier, bits, base = _RANGES[self.dtype]
         # Modulo 2**64 all of this is exact in uint64: a number has fewer than 64 bits.
-        numbers = np.zeros(values[0].shape, np.uint64)
+        numbers = result.view(np.uint64)
+        numbers[...] = 0
         foreign = np.zeros(values[0].shape, bool)
         padding = np.ones(values[0].shape, bool)
         for digit in range(self.digits):
@@ -96,10 +122,8 @@ class Code:
         numbers *= np.uint64(pow(self.multiplier, -1, modulus))
         numbers &= np.uint64(modulus - 1)
         foreign |= numbers >= np.uint64(self.total)
-        result = numbers.view(np.int64)
         result[foreign] = FOREIGN
         result[padding] = PADDING
-        return result
 
 
 class RandomValues:
@@ -114,8 +138,8 @@ class RandomValues:
         self._rng = np.random.Generator(np.random.SFC64(secrets.randbits(128)))
         self._block = self._rng.integers(0, 1 << 64, _BLOCK, np.uint64, endpoint=False)
 
-    def __call__(self, dtype: str, count: int) -> Array:
-        """Random values; shape ``[count]``."""
+    def __call__(self, dtype: str, count: int, unlike: Array | None = None) -> Array:
+        """Random values; shape ``[count]``. Integers differ from those of ``unlike`` (in their code's range)."""
         carrier, bits, base = _RANGES[dtype]
         target = numpy_dtype(dtype)
         width = np.dtype(carrier).itemsize
@@ -129,5 +153,7 @@ class RandomValues:
             raw |= carrier(int(np.asarray(0.25, target).view(carrier)))
         else:
             raw &= carrier((1 << bits) - 1)
+            if unlike is not None:
+                raw ^= raw == unlike.view(carrier) - carrier(base)
             raw += carrier(base)
         return raw.view(target)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -31,8 +30,8 @@ class Optimised:
 
     Attributes:
         model: the graph, values named by order of use; its initializers hold no data.
-        tensors: the data of every initializer, read when asked for.
-        weights: the values that each weight had, flat, read when asked for.
+        tensors: the data of every initializer; those in files are views of the files.
+        weights: the values that each weight had, flat; views of a file.
     """
 
     model: onnx.ModelProto
@@ -137,65 +136,39 @@ def run(
     optimise(write(model, weights, values, folder), target, disabled)
     result = onnx.load(str(target), load_external_data=False)
     rename_by_use(result)
-    tensors: dict[TensorKey, Array | _Place] = {}
+    files = _Files()
+    tensors: dict[TensorKey, Array] = {}
     for number, graph in enumerate(all_graphs(result.graph)):
         for tensor in graph.initializer:
-            tensors[number, tensor.name] = _data(tensor, folder)
+            tensors[number, tensor.name] = _data(tensor, folder, files)
             for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
                 tensor.ClearField(field)
             del tensor.external_data[:]
             tensor.ClearField("data_location")
-    written = folder / WEIGHTS_FILE
     layout = _layout(weights)
-    flat: dict[str, Array | _Place] = {
-        spec.name: _Place(written, layout[spec.name], numpy_dtype(spec.dtype), (spec.size,)) for spec in weights
+    flat = {
+        spec.name: files.view(folder / WEIGHTS_FILE, layout[spec.name], numpy_dtype(spec.dtype), (spec.size,))
+        for spec in weights
     }
-    return Optimised(result, _Stored(tensors), _Stored(flat))
+    return Optimised(result, tensors, flat)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A tensor in a file."""
+class _Files:
+    """Views of tensors in files, mapped: nothing is read before it is looked at, and nothing is kept."""
 
-    path: Path
-    offset: int
-    dtype: np.dtype[np.generic]
-    shape: tuple[int, ...]
+    def __init__(self) -> None:
+        self._maps: dict[Path, Array] = {}
 
-    def read(self) -> Array:
-        count = math.prod(self.shape) * self.dtype.itemsize
-        return np.fromfile(self.path, np.uint8, count, offset=self.offset).view(self.dtype).reshape(self.shape)
-
-
-_Key = TypeVar("_Key")
+    def view(self, path: Path, offset: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:
+        if path not in self._maps:
+            self._maps[path] = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        size = math.prod(shape) * dtype.itemsize
+        return self._maps[path][offset : offset + size].view(dtype).reshape(shape)
 
 
-class _Stored(Mapping[_Key, Array]):
-    """Tensors in memory or in files; of those in files, only the one read last is kept."""
-
-    def __init__(self, places: Mapping[_Key, Array | _Place]) -> None:
-        self._places = places
-        self._last: tuple[_Key, Array] | None = None
-
-    def __getitem__(self, key: _Key) -> Array:
-        place = self._places[key]
-        if not isinstance(place, _Place):
-            return place
-        if self._last is None or self._last[0] != key:
-            self._last = None
-            self._last = key, place.read()
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[_Key]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _data(tensor: TensorProto, folder: Path) -> Array | _Place:
+def _data(tensor: TensorProto, folder: Path, files: _Files) -> Array:
     if tensor.data_location != TensorProto.EXTERNAL:
         return onnx.numpy_helper.to_array(tensor)
     entry = {item.key: item.value for item in tensor.external_data}
     dtype = numpy_dtype(onnx_dtype_name(tensor.data_type))
-    return _Place(folder / entry["location"], int(entry.get("offset", 0)), dtype, tuple(tensor.dims))
+    return files.view(folder / entry["location"], int(entry.get("offset", 0)), dtype, tuple(tensor.dims))

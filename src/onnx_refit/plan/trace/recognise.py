@@ -14,8 +14,8 @@ from onnx_refit.plan.trace.codes import FOREIGN, PADDING, Numbers
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk, c_strides
 from onnx_refit.tensors import TensorSpec
 
-Lookup = Callable[[Numbers], Numbers]
-"""Flat positions -> numbers of the elements that lie there."""
+Lookup = Callable[[int], int]
+"""Flat position -> number of the element that lies there."""
 _MOST_PIECES = 64
 _BLOCKS = (16, 8)
 
@@ -55,7 +55,7 @@ def quick(spec: TensorSpec, lookup: Lookup, numbering: Numbering) -> Recipe | No
     size = spec.size
     if size == 0:
         return Recipe(spec, ())
-    first = int(lookup(np.zeros(1, np.int64))[0])
+    first = lookup(0)
     if first < 0:
         return None
     owner = numbering.owner(first)
@@ -78,7 +78,7 @@ def _factor(lookup: Lookup, size: int) -> tuple[tuple[int, ...], tuple[int, ...]
     step, count = 1, size
 
     def at(index: int) -> int:
-        return int(lookup(np.array([index * step]))[0])
+        return lookup(index * step)
 
     while count > 1:
         origin = at(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,15 @@ import onnx
 from onnx_refit.model.graph import Names, all_graphs
 from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.plan.trace.canonical import TensorKey, skeleton
-from onnx_refit.plan.trace.codes import MULTIPLIERS, Code, Numbers, RandomValues
+from onnx_refit.plan.trace.codes import FOREIGN, MULTIPLIERS, Code, RandomValues
 from onnx_refit.plan.trace.exchange import Optimise, Optimised, run, with_initializers
 from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, whole
 from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
-from onnx_refit.tensors import Array, TensorSpec, spec_of, value_info_of
+from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, spec_of, value_info_of
+
+_ENOUGH = 64  # elements of random values that tell any two weights apart, 8-bit ones too
+_WIDENED = {("float16", "float32"), ("bfloat16", "float32")}
+_SAMPLES = 16  # elements looked at before all
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Traced:
 class _Attempt:
     """One try: what came out, what of it is explained, what is not (and whether even its nodes changed with values)."""
 
-    optimised: Optimised
+    model: onnx.ModelProto
     recipes: Mapping[TensorKey, Recipe]
     constants: Mapping[TensorKey, Array]
     unexplained: tuple[str, ...]
@@ -72,6 +76,11 @@ class Tracer:
             by_dtype.setdefault(spec.dtype, []).append(spec)
         self._numberings = {dtype: Numbering.of(specs) for dtype, specs in by_dtype.items()}
         self._codes = {dtype: self._code(dtype, model) for dtype in by_dtype}
+        self._starts = {
+            name: start
+            for numbering in self._numberings.values()
+            for name, start in zip(numbering.names, numbering.starts, strict=False)
+        }
 
     def _code(self, dtype: str, model: onnx.ModelProto) -> Code:
         """A code whose values are none of the graph's own scalars, which optimisers merge with equal ones."""
@@ -135,76 +144,105 @@ class Tracer:
     def _attempt(self, disabled: Sequence[str], parent: Path) -> _Attempt:
         folder = Path(tempfile.mkdtemp(dir=parent))
         runs = max((code.digits for code in self._codes.values()), default=1)
-        coded = [self._coded(digit, disabled, folder / f"coded{digit}") for digit in range(runs)]
+        coded = [self._coded(0, disabled, folder)]
         draw = RandomValues()
 
         def random(spec: TensorSpec, first: int, count: int) -> Array:
-            return draw(spec.dtype, count)
+            return draw(spec.dtype, count, unlike=self._values(spec, first, count, 0))
 
         proof = run(self._optimise, self._model, self._weights, random, disabled, folder / "random")
         bones = skeleton(proof.model)
-        if any(skeleton(each.model) != bones for each in coded):
+        if skeleton(coded[0].model) != bones:
             shutil.rmtree(folder)
-            return _Attempt(proof, {}, {}, (), unstable=True)
-        recipes: dict[TensorKey, Recipe] = {}
-        constants: dict[TensorKey, Array] = {}
-        unexplained = []
-        for key, value in proof.tensors.items():
-            values = [each.tensors[key] for each in coded]
-            if all(_equal(value, other) for other in values):
-                constants[key] = value.copy()
-                continue
-            recipe = self._explain(key, values, coded, value, proof)
-            if recipe is None:
-                unexplained.append(f"{key[1]} ({value.dtype}{list(value.shape)})")
-            else:
-                recipes[key] = recipe
+            return _Attempt(proof.model, {}, {}, (), unstable=True)
+        constants = {key: v.copy() for key, v in proof.tensors.items() if _equal(v, coded[0].tensors[key])}
+        waiting = [key for key in proof.tensors if key not in constants]
+        recipes = self._explained(waiting, coded, proof)
+        if runs > 1 and len(recipes) < len(waiting):
+            coded += [self._coded(digit, disabled, folder) for digit in range(1, runs)]
+            if any(skeleton(each.model) != bones for each in coded):
+                shutil.rmtree(folder)
+                return _Attempt(proof.model, {}, {}, (), unstable=True)
+            recipes.update(self._explained([key for key in waiting if key not in recipes], coded, proof))
+        unexplained = [
+            f"{key[1]} ({proof.tensors[key].dtype}{list(proof.tensors[key].shape)})"
+            for key in waiting
+            if key not in recipes
+        ]
         shutil.rmtree(folder)
-        return _Attempt(proof, recipes, constants, tuple(unexplained))
+        return _Attempt(proof.model, recipes, constants, tuple(unexplained))
 
     def _coded(self, digit: int, disabled: Sequence[str], folder: Path) -> Optimised:
-        starts = {
-            name: start
-            for numbering in self._numberings.values()
-            for name, start in zip(numbering.names, numbering.starts, strict=False)
-        }
-
         def coded(spec: TensorSpec, first: int, count: int) -> Array:
-            return self._codes[spec.dtype].encode(starts[spec.name] + first, count, digit)
+            return self._values(spec, first, count, digit)
 
-        return run(self._optimise, self._model, self._weights, coded, disabled, folder)
+        return run(self._optimise, self._model, self._weights, coded, disabled, folder / f"coded{digit}")
 
-    def _explain(
-        self, key: TensorKey, values: list[Array], coded: list[Optimised], random: Array, proof: Optimised
-    ) -> Recipe | None:
+    def _values(self, spec: TensorSpec, first: int, count: int, digit: int) -> Array:
+        return self._codes[spec.dtype].encode(self._starts[spec.name] + first, count, digit)
+
+    def _explained(
+        self, keys: Sequence[TensorKey], coded: Sequence[Optimised], proof: Optimised
+    ) -> dict[TensorKey, Recipe]:
+        found = ((key, self._explain(key, coded, proof)) for key in keys)
+        return {key: recipe for key, recipe in found if recipe is not None}
+
+    def _explain(self, key: TensorKey, coded: Sequence[Optimised], proof: Optimised) -> Recipe | None:
+        """The recipe of one tensor, proved; None where there is none, or none from these runs."""
+        random = proof.tensors[key]
+        values = [each.tensors[key] for each in coded]
         spec = spec_of(key[1], random)
-        for dtype, code in self._codes.items():
-            flat = [_as_dtype(value.reshape(-1), code) for value in values[: code.digits]]
-            if any(each is None for each in flat):
+
+        def proved(recipe: Recipe | None) -> bool:
+            return (
+                recipe is not None
+                and all(agrees(recipe, run.weights.__getitem__, v) for run, v in zip(coded, values, strict=True))
+                and agrees(recipe, proof.weights.__getitem__, random)
+            )
+
+        # A tensor's own dtype first: codes of another one are only ever read where the optimiser cast a weight.
+        for dtype, code in sorted(self._codes.items(), key=lambda item: item[0] != spec.dtype):
+            if code.digits > len(values):
+                recipe = next(filter(proved, self._copies(spec, dtype, values[0])), None)
+                if recipe is not None:
+                    return recipe
                 continue
+            flat = [_as_dtype(value.reshape(-1), code) for value in values[: code.digits]]
             digits = [each for each in flat if each is not None]
+            if len(digits) < len(flat):
+                continue
+            raws = [bits(digit) for digit in digits]
 
-            def lookup(at: Numbers, code: Code = code, digits: list[Array] = digits) -> Numbers:
-                return code.decode([digit[at] for digit in digits])
+            def lookup(at: int, code: Code = code, raws: list[Array] = raws) -> int:
+                return code.number([int(raw[at]) for raw in raws])
 
-            def proved(recipe: Recipe | None) -> bool:
-                return (
-                    recipe is not None
-                    and all(agrees(recipe, run.weights.__getitem__, v) for run, v in zip(coded, values, strict=True))
-                    and agrees(recipe, proof.weights.__getitem__, random)
-                )
-
+            if any(lookup(at) == FOREIGN for at in range(0, spec.size, max(1, spec.size // _SAMPLES))):
+                continue
             numbering = self._numberings[dtype]
             recipe = quick(spec, lookup, numbering)
-            if not proved(recipe):
-                recipe = thorough(spec, code.decode(digits), numbering)
+            if proved(recipe):
+                return recipe
+            recipe = thorough(spec, code.decode(digits), numbering)
             if proved(recipe):
                 return recipe
         return None
 
+    def _copies(self, spec: TensorSpec, dtype: str, coded: Array) -> Iterator[Recipe]:
+        """A tensor as a mere copy of a weight, guessed from the first digit of its elements' numbers.
+
+        Only where the random run alone proves it: all elements of a small tensor could agree by chance.
+        """
+        if spec.size < _ENOUGH or (dtype != spec.dtype and (dtype, spec.dtype) not in _WIDENED):
+            return
+        start = coded.reshape(-1)[:_ENOUGH]
+        for weight in self._weights:
+            same = weight.dtype == dtype and weight.size == spec.size
+            if same and _equal(self._values(weight, 0, _ENOUGH, 0).astype(start.dtype), start):
+                yield whole(spec, weight.name)
+
     def _finish(self, attempt: _Attempt, decisions: tuple[Decision, ...]) -> Traced:
         model = onnx.ModelProto()
-        model.CopyFrom(attempt.optimised.model)
+        model.CopyFrom(attempt.model)
         names = Names.of(model.graph)
         recipes: dict[str, Recipe] = {}
         for number, graph in enumerate(all_graphs(model.graph)):
@@ -251,11 +289,15 @@ def _equal(first: Array, second: Array) -> bool:
 
 def _as_dtype(flat: Array, code: Code) -> Array | None:
     """The values as the code's dtype, where nothing is lost (a weight that the optimiser cast)."""
-    wanted = code.encode(0, 1, 0).dtype
+    wanted = numpy_dtype(code.dtype)
     if flat.dtype == wanted:
         return flat
     if flat.dtype.kind not in "fV" or wanted.kind not in "fV":
         return None
-    with np.errstate(over="ignore"):
-        cast = flat.astype(wanted)
-    return cast if np.array_equal(bits(cast.astype(flat.dtype)), bits(flat)) else None
+
+    def lossless(values: Array) -> Array | None:
+        with np.errstate(over="ignore"):
+            cast = values.astype(wanted)
+        return cast if np.array_equal(bits(cast.astype(flat.dtype)), bits(values)) else None
+
+    return None if lossless(flat[:_ENOUGH]) is None else lossless(flat)
