@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def build(
             f"a value of type {type(model).__name__} is no path and no ONNX model",
             hint="For a torch.nn.Module give example_inputs too",
         )
-    with _opened(checkpoint) as source:
+    with _opened(checkpoint) as source, _fingerprinting(model) as fingerprint:
         plan, proto = _compiled(model, engine, source, options)
         if source is not None:
             found = find_names(plan.require_weights(), source, proto)
@@ -99,7 +100,14 @@ def build(
                     hint="Give the very checkpoint that the model was exported from",
                 )
             plan = _with_names(plan, found, source.description)
-        return _specialised(plan, options)
+        return replace(_specialised(plan, options), model_fingerprint=fingerprint())
+
+
+@contextlib.contextmanager
+def _fingerprinting(model: ModelLike) -> Iterator[Callable[[], str]]:
+    """The model's fingerprint, taken while others work: hashing takes as long as compiling a large model."""
+    with ThreadPoolExecutor(1, "onnx-refit-fingerprint") as pool:
+        yield pool.submit(model_fingerprint, model).result
 
 
 @contextlib.contextmanager
@@ -117,18 +125,19 @@ def _build_module(module: Any, example_inputs: Sequence[Any], engine: str, optio
     from onnx_refit.weights.sentinel import export_module
 
     exported = export_module(module, example_inputs)
-    plan, _ = _compiled(exported.model, engine, None, options)
-    found = replace(exported.discovery, names=exported.discovery.names.restrict(plan.refittable.keys()))
-    return _specialised(_with_names(plan, found, "the module's state dict"), options)
+    with _fingerprinting(exported.model) as fingerprint:
+        plan, _ = _compiled(exported.model, engine, None, options)
+        found = replace(exported.discovery, names=exported.discovery.names.restrict(plan.refittable.keys()))
+        plan = _specialised(_with_names(plan, found, "the module's state dict"), options)
+        return replace(plan, model_fingerprint=fingerprint())
 
 
 def _compiled(
     model: ModelLike, engine: str, source: WeightSource | None, options: BuildOptions
 ) -> tuple[Plan, onnx.ModelProto]:
-    """The plan without names, not specialised, and the model that was compiled."""
+    """The plan without names and fingerprint, not specialised, and the model that was compiled."""
     proto = load_model(model, load_external_data=False)
     base_dir = options.base_dir if isinstance(model, onnx.ModelProto) else Path(model).absolute().parent
-    fingerprint = model_fingerprint(model)
     # Before anything else: an exporter that merged equal tensors kept their names in Identity nodes at best.
     proto, splits = unmerge(proto, source, base_dir)
     prepared = prepare(proto, for_engine=engine) if options.prepare else None
@@ -148,7 +157,7 @@ def _compiled(
         engine=engine,
         compiled=compilation.compiled,
         weights=compilation.weights,
-        model_fingerprint=fingerprint,
+        model_fingerprint="",
         preprocessors=() if prepared is None else prepared.preprocessors,
         postprocessors=() if prepared is None else prepared.postprocessors,
     )

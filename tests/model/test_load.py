@@ -149,6 +149,17 @@ def external(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("missing", [1, 1197, 1200])
+def test_a_large_tensor_with_too_few_bytes(missing):
+    weights = {"w": np.zeros(300, np.float32)}
+    wide = ("float32", [2, 300])
+    proto = model([node("Add", ["x", "w"], ["y"])], {"x": wide}, {"y": wide}, weights)
+    load_model(proto)
+    proto.graph.initializer[0].raw_data = bytes(1200 - missing)
+    with pytest.raises(ModelError, match=r"not valid ONNX: .*w"):
+        load_model(proto)
+
+
 def test_external_data(tmp_path):
     path = external(tmp_path)
     read = load_model(path)

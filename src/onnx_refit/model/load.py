@@ -21,6 +21,20 @@ _STANDARD = ("", "ai.onnx")
 _MAX_PROTOBUF = 2**31 - 1
 _SMALL = 256
 """Elements of a tensor that is read from external data in any case, as passes and shape inference may need it."""
+_WIDTHS = {
+    code: onnx.helper.tensor_dtype_to_np_dtype(code).itemsize
+    for code in (
+        TensorProto.FLOAT,
+        TensorProto.FLOAT16,
+        TensorProto.BFLOAT16,
+        TensorProto.DOUBLE,
+        TensorProto.INT8,
+        TensorProto.UINT8,
+        TensorProto.INT32,
+        TensorProto.INT64,
+    )
+}
+"""Bytes of an element, of the types that large tensors are made of."""
 
 
 def load_model(
@@ -197,12 +211,12 @@ def _bare(model: ModelProto) -> ModelProto:
     """The model for the checker: no bytes of weights, external data beside it, an unknown shape some shape.
 
     The checker takes the model's serialised form, looks external data up, and wants every output to have a shape,
-    which ONNX Runtime does not. It does not look into the bytes of a tensor.
+    which ONNX Runtime does not. Of the bytes of a tensor it only asks that there are enough.
     """
     bare = without_initializers(model)
     for tensor in model.graph.initializer:
-        if tensor.HasField("raw_data") and math.prod(tensor.dims) > _SMALL:
-            bare.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"0")
+        if _is_whole(tensor):
+            bare.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=[0])
         else:
             bare.graph.initializer.append(tensor)
     for value in bare.graph.output:
@@ -215,6 +229,15 @@ def _bare(model: ModelProto) -> ModelProto:
             tensor.name, tensor.data_type = name, kind
             tensor.dims.append(0)
     return bare
+
+
+def _is_whole(tensor: TensorProto) -> bool:
+    """Whether a tensor is large, and its bytes are raw and as many as its dtype and shape take."""
+    count = math.prod(tensor.dims)
+    if count <= _SMALL or min(tensor.dims) < 0 or not tensor.HasField("raw_data") or tensor.data_type not in _WIDTHS:
+        return False
+    others = {field.name for field, _ in tensor.ListFields()} - {"name", "data_type", "dims", "raw_data", "doc_string"}
+    return not others and len(tensor.raw_data) == count * _WIDTHS[tensor.data_type]
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:

@@ -14,6 +14,7 @@ from onnx import ModelProto
 
 from onnx_refit.errors import PlanError, PlanMismatchError
 from onnx_refit.files import read_error
+from onnx_refit.model.graph import without_initializers
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.tensors import Array, TensorSpec, spec_of
@@ -21,7 +22,7 @@ from onnx_refit.weights.names import NameMap
 
 
 def model_fingerprint(model: ModelProto | str | os.PathLike[str]) -> str:
-    """Sha256 (hex) of a model: of the file as it stands, or of a model in memory.
+    """Sha256 (hex) of a model: of the file as it stands, or of a model in memory, tensor after tensor.
 
     External data is not read: two models that differ only there have the same fingerprint. A file and the model read
     from it have different ones.
@@ -30,7 +31,12 @@ def model_fingerprint(model: ModelProto | str | os.PathLike[str]) -> str:
         ReadError: the file cannot be read.
     """
     if isinstance(model, ModelProto):
-        return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+        digest = hashlib.sha256(without_initializers(model).SerializeToString(deterministic=True))
+        for tensor in model.graph.initializer:
+            data = tensor.SerializeToString(deterministic=True)
+            digest.update(b"initializer %d:" % len(data))
+            digest.update(data)
+        return digest.hexdigest()
     try:
         with Path(model).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
