@@ -21,7 +21,7 @@ _STANDARD = ("", "ai.onnx")
 _MAX_PROTOBUF = 2**31 - 1
 _SMALL = 256
 """Elements of a tensor that is read from external data in any case, as passes and shape inference may need it."""
-_WIDTHS = {
+_WIDTHS: dict[int, int] = {
     code: onnx.helper.tensor_dtype_to_np_dtype(code).itemsize
     for code in (
         TensorProto.FLOAT,
