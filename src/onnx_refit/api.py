@@ -61,7 +61,9 @@ def load(
             artefact=opened.artefacts.get(opened.engine),
         )
         try:
-            return Engine(opened, backend, first, source=description, keep=keep, ledger=ledger)
+            return Engine(
+                opened, backend, first, source=description, keep=keep, ledger=ledger, cold=options.cold == "disk"
+            )
         except BaseException:
             backend.close()
             raise

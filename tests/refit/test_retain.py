@@ -24,7 +24,7 @@ def retainer() -> Retainer:
 
 def test_it_copies_and_nobody_can_change_the_copies(retainer: Retainer) -> None:
     given = weights(1.0)
-    kept = retainer.retain(given, {})
+    kept = retainer.retain(given, None)
     given["a"][:] = 9.0
     assert set(kept) == {"a", "b"}
     for name, array in weights(1.0).items():
@@ -36,35 +36,35 @@ def test_it_copies_and_nobody_can_change_the_copies(retainer: Retainer) -> None:
 
 
 def test_what_is_not_given_stays(retainer: Retainer) -> None:
-    before = retainer.retain(weights(1.0), {})
+    before = retainer.retain(weights(1.0), None)
     kept = retainer.retain({"b": weights(2.0)["b"]}, before)
     del before
-    retainer.retain(weights(3.0), {})
+    retainer.retain(weights(3.0), None)
     np.testing.assert_array_equal(kept["a"], weights(1.0)["a"])
     np.testing.assert_array_equal(kept["b"], weights(2.0)["b"])
 
 
 def test_memory_is_used_again_only_when_every_array_read_from_it_is_gone(retainer: Retainer) -> None:
-    kept = retainer.retain(weights(1.0), {})
+    kept = retainer.retain(weights(1.0), None)
     address = kept["a"].ctypes.data
     view = kept["a"][1:, ::2]
     del kept
     gc.collect()
-    other = retainer.retain(weights(2.0), {})
+    other = retainer.retain(weights(2.0), None)
     assert other["a"].ctypes.data != address
     np.testing.assert_array_equal(view, weights(1.0)["a"][1:, ::2])
     del view
     gc.collect()
-    assert retainer.retain(weights(3.0), {})["a"].ctypes.data == address
+    assert retainer.retain(weights(3.0), None)["a"].ctypes.data == address
     np.testing.assert_array_equal(other["a"], weights(2.0)["a"])
 
 
 def test_spare_memory_can_be_freed(retainer: Retainer) -> None:
-    retainer.retain(weights(1.0), {})
+    retainer.retain(weights(1.0), None)
     assert retainer.seconds_left() > 0
     retainer.clear()
-    np.testing.assert_array_equal(retainer.retain(weights(2.0), {})["b"], weights(2.0)["b"])
+    np.testing.assert_array_equal(retainer.retain(weights(2.0), None)["b"], weights(2.0)["b"])
 
 
 def test_nothing_to_keep() -> None:
-    assert Retainer(()).retain(weights(1.0), {}) == {}
+    assert Retainer(()).retain(weights(1.0), None) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from onnx_refit.engine.cuda.options import CudaOptions
 from onnx_refit.engine.protocol import Backend
@@ -21,11 +22,15 @@ class EngineOptions:
 
     Attributes:
         threads: threads one inference and one refit may use; 0 means one a physical core.
+        cold: where source weights go, once refits pause, that only a later partial refit, diff or adapter wants
+            (those that the engine folded into others): ``"disk"``, an unlinked temporary file under ``TMPDIR``, or
+            ``"memory"``. Where there is no disk they stay in memory, and ``Engine.decisions`` says why.
         cuda: what only the engine ``"cuda"`` has; None takes its defaults.
         tensorrt: what only the engine ``"tensorrt"`` has; None takes its defaults.
     """
 
     threads: int = 0
+    cold: Literal["disk", "memory"] = "disk"
     cuda: CudaOptions | None = None
     tensorrt: TensorRtOptions | None = None
 

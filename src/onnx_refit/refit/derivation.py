@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 import numpy as np
 
 from onnx_refit.engine.protocol import Backend
-from onnx_refit.plan.compiled import CompiledModel
+from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
-from onnx_refit.refit.retain import Retainer, own_copy
+from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.unchanged import sample, unchanged
@@ -27,15 +27,30 @@ class Derivation:
     Args:
         backend: the backend.
         compiled: the model it runs.
+        cold: whether what is seldom wanted moves to disk once refits pause.
     """
 
-    def __init__(self, backend: Backend, compiled: CompiledModel) -> None:
+    def __init__(self, backend: Backend, compiled: CompiledModel, *, cold: bool = True) -> None:
         self._backend = backend
         self._sources = compiled.sources
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
-        self._retainer = Retainer(spec for name, spec in self._specs.items() if name in self._kept_names)
+        kept = [spec for name, spec in self._specs.items() if name in self._kept_names]
+        self._retainer = Retainer(kept, disk=cold)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Where the source weights are that the engine cannot give back, if not where they should be."""
+        reason = self._retainer.warm_because
+        if reason is None:
+            return ()
+        subject = f"{len(self._kept_names)} source weights that engine weights do not hold"
+        return (Decision(subject, "move to disk once refits pause", Verdict.REJECTED, reason),)
+
+    def close(self) -> None:
+        """Move nothing to disk any more."""
+        self._retainer.close()
 
     def weights_of(self, held: Version | Candidate) -> VersionWeights:
         """The source weights of a version or candidate, read back bit for bit."""
@@ -47,7 +62,7 @@ class Derivation:
         return Version(
             number=0,
             weights=self._backend.derive(weights),
-            retained={name: own_copy(weights[name]) for name in self._kept_names},
+            retained=self._retainer.retain(weights, None),
             samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._specs},
             source=source,
             parent=None,

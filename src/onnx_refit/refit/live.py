@@ -50,6 +50,8 @@ class Engine:
         source: where these came from, in words.
         keep: how many versions to hold for rollback and ``run(version=…)``, the current one included; at least 1.
         ledger: who numbers versions and remembers them; None is the engine's own memory.
+        cold: whether source weights that only a later partial refit, diff or adapter wants move to disk once refits
+            pause.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class Engine:
         source: str = "plan",
         keep: int = 2,
         ledger: Ledger | None = None,
+        cold: bool = True,
     ) -> None:
         if keep < 1:
             raise EngineError(f"keep must be at least 1, not {keep}")
         self._plan = plan
         self._backend = backend
-        self._derivation = Derivation(backend, plan.compiled)
+        self._derivation = Derivation(backend, plan.compiled, cold=cold)
         self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
         # One guards what is published; the other lets one refit at a time be staged, which may take long: a rollback
         # does not wait for it. Taken in this order: staging, lock.
@@ -102,7 +105,7 @@ class Engine:
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """What the compiler and the backend decided, with reasons."""
-        return (*self._plan.compiled.decisions, *self._backend.decisions)
+        return (*self._plan.compiled.decisions, *self._backend.decisions, *self._derivation.decisions)
 
     @property
     def version(self) -> int:
@@ -375,6 +378,7 @@ class Engine:
         with self._staging, self._lock:
             if not self._closed:
                 self._closed = True
+                self._derivation.close()
                 self._backend.close()
                 self._ledger.close()
 

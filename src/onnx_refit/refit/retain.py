@@ -1,7 +1,8 @@
 """Copies of the source weights that no engine weight gives back, in memory that is used again and again.
 
 Fresh pages cost more than the copy itself, and hundreds of small allocations more than one. So a version whose kept
-weights are all new has them in one arena, and a dead version's arena serves the next refit.
+weights are all new has them in one arena, and a dead version's arena serves the next refit. Once refits pause, what is
+kept moves to disk: it is only wanted by later partial refits, diffs and adapters.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from onnx_refit.cold import ColdFile, NoDiskError
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from onnx_refit.threads import step_back
 
 _ALIGNMENT = 64
 _SPARE_SECONDS = 3.0
+_MANY = 64  # chunks, some of them perhaps dead
 
 
 def own_copy(array: Array) -> Array:
@@ -73,7 +77,7 @@ class _Lease:
             self._spare.append(self._arena)
 
 
-class _Kept(Mapping[str, Array]):
+class _Leased(Mapping[str, Array]):
     """The weights in a leased arena; views are made when asked for, which is seldom."""
 
     def __init__(self, lease: _Lease, layout: Mapping[str, _Place]) -> None:
@@ -95,14 +99,58 @@ class _Kept(Mapping[str, Array]):
         return len(self._layout)
 
 
+class _Chunk:
+    """Weights that one refit brought, shared by every version that still has them. Thread-safe.
+
+    Args:
+        arrays: the weights, in memory that nobody writes to.
+    """
+
+    __slots__ = ("__weakref__", "_arrays")
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        self._arrays = arrays
+
+    def read(self, name: str) -> Array:
+        """One weight; WeightsError if it was moved to disk and cannot be read back."""
+        return self._arrays[name]
+
+    def cool(self, cold: ColdFile) -> None:
+        """Move to disk; NoDiskError where that fails, and all is as it was."""
+        self._arrays = cold.store(self._arrays)
+
+
+class Kept(Mapping[str, Array]):
+    """What a version keeps: each weight with the refit that brought it."""
+
+    def __init__(self, chunks: Mapping[str, _Chunk]) -> None:
+        self.chunks = chunks
+
+    def __getitem__(self, name: str) -> Array:
+        return self.chunks[name].read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.chunks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.chunks)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+
 class Retainer:
     """Copies the weights that a version has to keep. One refit at a time; what it gives may be read in any thread.
 
     Args:
         specs: the weights to keep.
+        disk: whether to move them to disk once refits pause.
+
+    Attributes:
+        warm_because: why nothing is moved to disk although it should be; None while that works.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, specs: Iterable[TensorSpec], *, disk: bool = True) -> None:
         self._layout: dict[str, _Place] = {}
         end = 0
         for spec in specs:
@@ -113,29 +161,49 @@ class Retainer:
         self._used = threading.Event()
         self._deadline = 0.0
         self._janitor: threading.Thread | None = None
+        self._disk = disk
+        self._cold: ColdFile | None = None
+        self._lock = threading.Lock()
+        self._warm: list[weakref.ref[_Chunk]] = []
+        self.closed = False
+        self.warm_because: str | None = None
 
-    def retain(self, arrays: Mapping[str, Array], before: Mapping[str, Array]) -> Mapping[str, Array]:
+    def retain(self, arrays: Mapping[str, Array], before: Kept | None) -> Kept:
         """Every weight to keep: a copy where it is given, else as it was before.
 
         Args:
-            arrays: the weights that change, of the declared dtypes and shapes.
+            arrays: the weights that change, of the declared dtypes and shapes; all of them if nothing was before.
             before: what was kept so far.
         """
         if not self._layout:
-            return {}
-        if not self._layout.keys() <= arrays.keys():
-            return {name: own_copy(arrays[name]) if name in arrays else before[name] for name in self._layout}
+            return Kept({})
+        changed = self._layout.keys() & arrays.keys()
+        if not changed:
+            assert before is not None
+            return before
         self._touch()
+        if len(changed) < len(self._layout):
+            assert before is not None
+            chunk = self._chunk({name: own_copy(arrays[name]) for name in changed})
+            return Kept({**before.chunks, **dict.fromkeys(changed, chunk)})
         try:
             arena = self._spare.pop()
         except IndexError:
             arena = _Arena(self._layout, self._nbytes)
         for name, view in arena.views.items():
             np.copyto(view, arrays[name])
-        return _Kept(_Lease(arena, self._spare), self._layout)
+        return Kept(dict.fromkeys(self._layout, self._chunk(_Leased(_Lease(arena, self._spare), self._layout))))
+
+    def _chunk(self, arrays: Mapping[str, Array]) -> _Chunk:
+        chunk = _Chunk(arrays)
+        with self._lock:
+            if len(self._warm) >= _MANY:
+                self._warm = [reference for reference in self._warm if reference() is not None]
+            self._warm.append(weakref.ref(chunk))
+        return chunk
 
     def _touch(self) -> None:
-        """Keep a spare arena for a few seconds from now."""
+        """Keep a spare arena for a few seconds from now, and what is kept in memory."""
         self._deadline = time.monotonic() + _SPARE_SECONDS
         if self._janitor is None:
             reference = weakref.ref(self)
@@ -146,25 +214,53 @@ class Retainer:
         self._used.set()
 
     def seconds_left(self) -> float:
-        """Until a spare arena is freed."""
+        """Until a spare arena is freed, and what is kept moves to disk."""
         return self._deadline - time.monotonic()
 
     def clear(self) -> None:
         """Free a spare arena."""
         self._spare.clear()
 
+    def cool(self) -> None:
+        """Move what is kept to disk, until the next refit comes; where that fails it stays, and ``warm_because``."""
+        while self._disk and not self.closed and self.seconds_left() <= 0:
+            with self._lock:
+                if not self._warm:
+                    return
+                reference = self._warm.pop()
+            chunk = reference()
+            if chunk is None:
+                continue
+            try:
+                if self._cold is None:
+                    self._cold = ColdFile()
+                chunk.cool(self._cold)
+            except NoDiskError as error:
+                self.warm_because = str(error)
+                with self._lock:
+                    self._warm.append(reference)
+                return
+            self.warm_because = None
+
+    def close(self) -> None:
+        """Move nothing to disk any more; what was given can be read on."""
+        self.closed = True
+        self._used.set()
+
 
 def _clean(reference: weakref.ref[Retainer], used: threading.Event) -> None:
-    """Free spare memory some time after the last refit, as long as the retainer lives."""
+    """Some time after the last refit: free spare memory, move to disk what is kept; as long as the retainer lives."""
+    step_back()
     while True:
         used.wait(timeout=60.0)
         retainer = reference()
-        if retainer is None:
+        if retainer is None or retainer.closed:
             return
         if used.is_set() and (left := retainer.seconds_left()) > 0:
             del retainer
             time.sleep(left)
             continue
         used.clear()
+        retainer.cool()
         retainer.clear()
         del retainer

@@ -12,6 +12,7 @@ from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import CanaryError, RefitError
 from onnx_refit.refit.canary import Canary, CanaryResult, run_canary
 from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.refit.retain import Kept
 from onnx_refit.tensors import Array
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Candidate:
     """
 
     weights: WeightSet
-    retained: Mapping[str, Array]
+    retained: Kept
     samples: Mapping[str, bytes]
     base: int
     full: bool

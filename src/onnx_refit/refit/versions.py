@@ -9,7 +9,7 @@ from datetime import datetime
 
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import VersionError
-from onnx_refit.tensors import Array
+from onnx_refit.refit.retain import Kept
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Version:
 
     number: int
     weights: WeightSet
-    retained: Mapping[str, Array]
+    retained: Kept
     samples: Mapping[str, bytes]
     source: str
     parent: int | None
