@@ -59,7 +59,12 @@ class ProgramBuilder:
     def _add(self, spec: TensorSpec, depends: frozenset[str]) -> None:
         self.specs[spec.name] = spec
         self.depends[spec.name] = depends
-        self._types[spec.name] = helper.make_tensor_type_proto(onnx_dtype(spec.dtype), spec.static_shape)
+
+    def _type(self, name: str) -> TypeProto:
+        if name not in self._types:
+            spec = self.specs[name]
+            self._types[name] = helper.make_tensor_type_proto(onnx_dtype(spec.dtype), spec.static_shape)
+        return self._types[name]
 
     def __contains__(self, name: object) -> bool:
         """Whether the name is a source, a constant or computed from them."""
@@ -121,7 +126,7 @@ class ProgramBuilder:
             types = onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,
-                {name: self._types[name] for name in node.input if name},
+                {name: self._type(name) for name in node.input if name},
                 {name: data for name in node.input if (data := self._small(name)) is not None},
                 opset_imports=self.opsets,
                 ir_version=self.ir_version,
@@ -208,7 +213,10 @@ class ProgramBuilder:
             value_info_of(TensorSpec(name, self.specs[value].dtype, self.specs[value].shape))
             for name, value in computed.items()
         ]
-        graph = helper.make_graph(copies, "refit", inputs, outputs, constants)
+        # With the specs of all values in it, nobody has to infer them again.
+        inner = dict.fromkeys(output for node in nodes for output in node.output if output and output not in renamed)
+        types = [value_info_of(self.specs[name]) for name in inner]
+        graph = helper.make_graph(copies, "refit", inputs, outputs, constants, value_info=types)
         return helper.make_model(graph, opset_imports=self.opsets, ir_version=self.ir_version)
 
 

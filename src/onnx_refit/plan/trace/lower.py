@@ -91,8 +91,11 @@ def lower(compiled: CompiledModel) -> Lowered:
 
 class _Reader:
     def __init__(self, model: onnx.ModelProto, compiled: CompiledModel) -> None:
-        inferred = onnx.shape_inference.infer_shapes(_without_large(model), data_prop=True)
         self._specs: dict[str, TensorSpec] = {source.spec.name: source.spec for source in compiled.sources}
+        inferred = model
+        declared = {value.name for value in (*model.graph.value_info, *model.graph.output)}
+        if not all(output in declared for node in model.graph.node for output in node.output if output):
+            inferred = onnx.shape_inference.infer_shapes(_without_large(model), data_prop=True)
         for value in (*inferred.graph.value_info, *inferred.graph.output):
             tensor = value.type.tensor_type
             if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
