@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from onnx_refit.errors import StoreError
@@ -123,6 +124,11 @@ class StoreLedger:
                 hint="Choose another directory for this plan",
             )
 
+    @property
+    def store(self) -> Store:
+        """The store."""
+        return self._store
+
     def current(self) -> StoredVersion | None:
         """The weights of the version that was current when the last process ended; None in an empty store.
 
@@ -141,7 +147,24 @@ class StoreLedger:
     def commit(self, changed: Iterable[str], weights: WeightSource, parent: int | None) -> int:
         """Write the changed tensors durably; StoreError if the disk refuses."""
         arrays = {name: weights.read(name) for name in changed}
-        return self._store.commit(arrays, parent, self._metadata(weights.description)).number
+        return self.commit_arrays(arrays, parent, weights.description)
+
+    def commit_arrays(
+        self,
+        arrays: Mapping[str, Array],
+        parent: int | None,
+        source: str,
+        notes: Mapping[str, str] = MappingProxyType({}),
+    ) -> int:
+        """Write a version durably: all weights, or with a parent those that differ; StoreError if the disk refuses.
+
+        Args:
+            arrays: weights by name.
+            parent: the version to take the other weights from.
+            source: where they came from, in words.
+            notes: what else to write down with it.
+        """
+        return self._store.commit(arrays, parent, {**notes, **self._metadata(source)}).number
 
     def rollback(self, number: int) -> None:
         """Make a version the current one, durably."""

@@ -1,0 +1,430 @@
+"""Two phases over replicas in this process, each of which, and the coordinator, ends wherever the test says."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+import onnx_refit
+from onnx_refit.errors import (
+    CanaryError,
+    RefitRejectedError,
+    StoreError,
+    StoreLockedError,
+    VersionError,
+)
+from onnx_refit.refit.check import CheckOptions
+from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.serve.cluster.book import FILE, Book
+from onnx_refit.serve.cluster.errors import ClusterError
+from onnx_refit.serve.cluster.messages import RefitOrder, Target
+from onnx_refit.serve.cluster.parcel import pack
+from onnx_refit.serve.cluster.roster import Patience
+from tests.serve.cluster.support import Killed, golden, in_loop
+from tests.serve.models import affine
+
+
+def prepared(world):
+    return {local.replica.state.prepared for local in world.living}
+
+
+async def all_is_well(world, version, scale):
+    """Every replica answers alike, a new one joins there, and a refit goes through."""
+    epoch = world.book.target.epoch
+    assert world.answers() == {(scale, version, epoch)}
+    assert prepared(world) == {None}
+    await world.join()
+    assert world.answers() == {(scale, version, epoch)}
+    assert set(world.coordinator.status()["replicas"]) == {local.member.name for local in world.living}
+    report = await world.refit(9.0, "afterwards", canary=golden(9))
+    assert world.answers() == {(9.0, report.version, report.target.epoch)}
+    assert report.target.epoch > epoch
+
+
+def test_the_whole_way(play):
+    async def story(world):
+        assert world.answers() == {(1.0, 1, 1)}
+        report = await world.refit(2.0, canary=golden(2))
+        assert (report.version, report.previous, report.changed, report.lost) == (2, 1, ("b", "w"), ())
+        assert set(report.replicas) == set(world.replicas)
+        assert world.answers() == {(2.0, 2, 2)}
+        back = await world.coordinator.rollback(None, "back")
+        assert (back.version, back.previous, back.target.epoch) == (1, 2, 3)
+        assert world.answers() == {(1.0, 1, 3)}
+        assert world.phases == ["checked", "prepared", "decided", "published", *["prepared", "decided", "published"]]
+        with pytest.raises(VersionError, match="answers already"):
+            await world.coordinator.rollback(1, "again")
+        with pytest.raises(VersionError):
+            await world.coordinator.rollback(7, "nowhere")
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_a_transaction_is_done_once(play):
+    async def story(world):
+        first = await world.refit(2.0, "once")
+        again = await world.coordinator.refit(world.order(5.0, "once"))
+        assert again.target == first.target
+        back = await world.coordinator.rollback(1, "back once")
+        assert (await world.coordinator.rollback(None, "back once")).target == back.target
+        assert world.answers() == {(1.0, 1, 3)}
+        assert (await world.coordinator.outcome("once")).version == 2
+        assert (await world.coordinator.outcome("back once")).target == back.target
+        assert await world.coordinator.outcome("never") is None
+
+    play(story)
+
+
+def test_what_the_check_refuses_reaches_no_replica(play):
+    async def story(world):
+        with pytest.raises(RefitRejectedError) as refused:
+            await world.refit(2.0, w=np.eye(3, dtype=np.float32))
+        report = refused.value.report
+        assert isinstance(report, CheckReport)
+        assert [rejected.name for rejected in report.rejected] == ["w"]
+        with pytest.raises(RefitRejectedError):
+            await world.refit(2.0, b=np.full(4, np.nan, np.float32))
+        assert all("Prepare" not in local.asked for local in world.living)
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_a_canary_that_one_replica_refuses_stops_all(play):
+    async def story(world):
+        with pytest.raises(CanaryError, match="differs") as refused:
+            await world.refit(2.0, canary=golden(3))
+        assert "replica-" in str(refused.value)
+        assert world.phases[-1] == "aborted"
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_partial_refits_are_made_of_what_answers(play, world):
+    async def story(world):
+        await world.refit(2.0, "whole")
+        weights = pack({"b": np.full(4, 6, np.float32)})
+        order = RefitOrder("part", weights, "bias", options=CheckOptions(partial=True))
+        report = await world.coordinator.refit(order)
+        assert report.changed == ("b",)
+        for local in world.living:
+            answer = local.replica.infer({"x": np.ones((1, 4), np.float32)})
+            np.testing.assert_array_equal(answer["y"], np.full((1, 4), 8, np.float32))
+        await world.join()
+        answer = world.living[-1].replica.infer({"x": np.ones((1, 4), np.float32)})
+        np.testing.assert_array_equal(answer["y"], np.full((1, 4), 8, np.float32))
+
+    play(story)
+
+
+# ---------------------------------------------------------------------- replicas that end, fall silent, lose replies
+
+
+@pytest.mark.parametrize("fault", ["before", "after", "deaf", "lost reply"])
+def test_a_replica_that_fails_before_the_decision_stops_all(play, world, fault):
+    world.patience = Patience(prepare=0.2, publish=0.2, report=0.2)
+
+    async def story(world):
+        world.living[1].faults["Prepare"] = fault
+        with pytest.raises(ClusterError, match="nothing was published"):
+            await world.refit(2.0)
+        assert {answer[:2] for answer in world.answers()} == {(1.0, 1)}
+        assert await world.coordinator.outcome("t") is None
+        assert world.replicas["replica-1"].ended == (fault != "lost reply"), "a deaf one is no use"
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_a_replica_that_ended_before_is_not_waited_for(play):
+    async def story(world):
+        world.living[1].end_now()
+        report = await world.refit(2.0)
+        assert len(report.replicas) == 2
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
+@pytest.mark.parametrize("fault", ["before", "after", "deaf", "lost reply"])
+@pytest.mark.parametrize("verb", ["refit", "rollback"])
+def test_a_replica_that_fails_after_the_decision_is_ended_and_the_others_go_on(play, fault, verb):
+    async def story(world):
+        version, scale = 2, 2.0
+        if verb == "rollback":
+            await world.refit(2.0, "first")
+            version, scale = 1, 1.0
+        failing = world.living[1]
+        failing.faults["Publish"] = fault
+        done = world.refit(2.0) if verb == "refit" else world.coordinator.rollback(1, "t")
+        report = await done
+        assert report.version == version
+        assert report.lost == (failing.member.name,)
+        assert failing.ended, "it would answer with the old version"
+        await all_is_well(world, version, scale)
+
+    play(story)
+
+
+def test_a_replica_that_no_longer_has_what_it_prepared_is_sent_it_anew(play):
+    async def story(world):
+        forgetful = world.living[1]
+
+        def forget():
+            forgetful.replica._discard("t")
+
+        forgetful.faults["Publish"] = forget
+        report = await world.refit(2.0)
+        assert report.lost == ()
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
+def test_every_replica_may_end(play):
+    async def story(world):
+        for local in world.living:
+            local.faults["Publish"] = "before"
+        report = await world.refit(2.0)
+        assert len(report.lost) == 3
+        with pytest.raises(ClusterError, match="no replica"):
+            await world.refit(3.0, "nobody")
+        await world.join(2)
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
+def test_a_replica_that_joins_meanwhile_comes_in_at_what_was_decided(play):
+    async def story(world):
+        gate = asyncio.Event()
+        local = world.living[0]
+        ask = local.ask
+
+        async def slow(command):
+            if type(command).__name__ == "Prepare":
+                await gate.wait()
+            return await ask(command)
+
+        welcome = await world.coordinator.hello()
+        local.ask = slow
+        refit = asyncio.create_task(world.refit(2.0))
+        await asyncio.sleep(0)
+        from tests.serve.cluster.support import Local
+
+        late = world.replicas["late"] = Local(world.plan, welcome, "late")
+        admission = asyncio.create_task(world.coordinator.admit(late.member, late.replica.state))
+        joining = asyncio.create_task(world.join())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not admission.done(), "nobody comes in while it is open what is decided"
+        gate.set()
+        await refit
+        assert await admission is None, "it stands at version 1, so it is sent away"
+        late.end_now()
+        await joining
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
+def test_rollback_sends_weights_to_replicas_that_do_not_hold_them(play):
+    async def story(world):
+        await world.refit(2.0, "a")
+        await world.join()
+        assert world.living[-1].replica.state.held == (2,)
+        report = await world.coordinator.rollback(1, "back")
+        assert len(report.replicas) == 4
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_nobody_loses_a_refit_by_going_away(play):
+    async def story(world):
+        refit = asyncio.create_task(world.refit(2.0))
+        await asyncio.sleep(0)
+        refit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await refit
+        outcome = await world.coordinator.outcome("t")
+        assert outcome.version == 2
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
+# ---------------------------------------------------------------------- the coordinator ends
+
+
+def kill_while_deciding(world):
+    """The process ends with the transaction noted and the store's line not written."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    world.book._ledger.commit_arrays = world.book._ledger.rollback = killed
+
+
+def kill_in(command):
+    def arm(world):
+        world.living[1].faults[command] = "coordinator"
+
+    return arm
+
+
+def kill_at(phase):
+    def arm(world):
+        world.kill_at = phase
+
+    return arm
+
+
+DEATHS = {
+    "while preparing": (kill_in("Prepare"), False),
+    "all prepared": (kill_at("prepared"), False),
+    "while deciding": (kill_while_deciding, False),
+    "decided": (kill_at("decided"), True),
+    "while publishing": (kill_in("Publish"), True),
+    "all published": (kill_at("published"), True),
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+@pytest.mark.parametrize("verb", ["refit", "rollback"])
+@pytest.mark.parametrize("also", ["", "a replica ends", "a replica is deaf"])
+def test_the_next_coordinator_finds_out_what_was_decided(play, when, verb, also):
+    arm, decided = DEATHS[when]
+
+    async def story(world):
+        await world.refit(2.0, "first")
+        arm(world)
+        with pytest.raises(Killed):
+            await (world.refit(3.0) if verb == "refit" else world.coordinator.rollback(1, "t"))
+        answers = world.answers()
+        old, new = (2.0, 2), ((3.0, 3) if verb == "refit" else (1.0, 1))
+        assert {answer[:2] for answer in answers} <= {old, new}, "replicas go on answering"
+        if also == "a replica ends":
+            world.living[0].end_now()
+        if also == "a replica is deaf":
+            world.living[0].faults["Report"] = "deaf"
+        world.start()
+        await world.coordinator.settle()
+        outcome = await world.coordinator.outcome("t")
+        assert (outcome is not None) == decided
+        version, scale = (new if decided else old)[::-1]
+        if decided:
+            assert outcome.version == version
+        assert len(world.living) == (3 if not also else 2)
+        assert {answer[:2] for answer in world.answers()} == {(scale, version)}
+        await all_is_well(world, version, scale)
+
+    play(story)
+
+
+def test_a_coordinator_may_end_again_and_again(play):
+    async def story(world):
+        scale = 1.0
+        for step in range(12):
+            arm, decided = list(DEATHS.values())[step % len(DEATHS)]
+            arm(world)
+            with pytest.raises(Killed):
+                await world.refit(10.0 + step, f"t{step}")
+            world.start()
+            await world.coordinator.settle()
+            scale = 10.0 + step if decided else scale
+            assert {answer[0] for answer in world.answers()} == {scale}
+        assert len(world.living) == 3
+
+    play(story)
+
+
+def test_a_store_that_refuses_stops_all(play, monkeypatch):
+    async def story(world):
+        def refuse(*_, **__):
+            raise StoreError("the disk is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(world.book._ledger, "commit_arrays", refuse)
+            with pytest.raises(StoreError, match="full"):
+                await world.refit(2.0)
+        assert {answer[:2] for answer in world.answers()} == {(1.0, 1)}
+        await world.coordinator.look()
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+# ---------------------------------------------------------------------- the book
+
+
+def test_the_store_is_an_ordinary_one(play, world, affine_plan):
+    async def story(world):
+        await world.refit(2.0)
+        await world.refit(3.0, "u")
+        await world.coordinator.forget(2)
+        with pytest.raises(VersionError):
+            await world.coordinator.rollback(2, "v")
+        with pytest.raises(VersionError, match="current"):
+            await world.coordinator.forget(3)
+
+    play(story)
+    world.close()
+    with onnx_refit.load(affine_plan, store=world.path) as engine:
+        assert engine.version == 3
+        assert [info.number for info in engine.versions] == [1, 3]
+        assert engine.run({"x": np.ones((1, 4), np.float32)})["y"][0, 0] == 6.0
+
+
+def test_one_coordinator_at_a_time_and_one_plan(world, affine_plan):
+    world.start()
+    with pytest.raises(StoreLockedError):
+        Book(world.path, affine_plan)
+    world.close()
+    with pytest.raises(StoreError, match="another plan"):
+        Book(world.path, onnx_refit.build(affine(1.0, width=6)))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 9}', "\x00"])
+def test_a_damaged_book_is_refused_and_gives_its_lock_back(world, affine_plan, text):
+    world.start()
+    world.close()
+    (world.path / FILE).write_text(text)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"damaged|format"):
+            Book(world.path, affine_plan)
+
+
+def test_the_weights_are_shipped_once(affine_plan, tmp_path):
+    from onnx_refit.serve.cluster.coordinator import Coordinator
+    from onnx_refit.serve.cluster.incoming import Transport
+    from tests.serve.cluster.support import World
+
+    world = World(affine_plan, tmp_path / "store")
+    shipped = []
+
+    def ship(parcel):
+        shipped.append(parcel)
+        return parcel
+
+    async def story():
+        world.start()
+        world.coordinator = Coordinator(
+            affine_plan,
+            world.book,
+            lambda member: world.replicas[member.name],
+            transport=Transport(ship=ship),
+        )
+        await world.join(3)
+        assert len(shipped) == 1, "for all that join"
+        await world.refit(2.0)
+        assert len(shipped) == 1, "the client has shipped them already"
+        half = RefitOrder("half", pack({"w": np.eye(4, dtype=np.float16), "b": np.ones(4, np.float16)}), "half")
+        await world.coordinator.refit(half)
+        assert len(shipped) == 2, "the check had to cast them"
+        assert world.book.target == Target(3, 3)
+
+    in_loop(story())
+    world.close()
