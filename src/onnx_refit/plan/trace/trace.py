@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, whole
 from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, spec_of, value_info_of
 
-_LARGE = 64 << 20  # bytes
 _ENOUGH = 64  # elements of random values that tell any two weights apart, 8-bit ones too
 _WIDENED = {("float16", "float32"), ("bfloat16", "float32")}
 _SAMPLES = 16  # elements looked at before all
@@ -63,7 +61,7 @@ class Tracer:
     Args:
         model: the graph; the weights are graph inputs of it.
         weights: dtype and static shape of each.
-        optimise: the optimiser; it is called from two threads at once.
+        optimise: the optimiser.
     """
 
     def __init__(self, model: onnx.ModelProto, weights: Sequence[TensorSpec], optimise: Optimise) -> None:
@@ -146,21 +144,13 @@ class Tracer:
     def _attempt(self, disabled: Sequence[str], parent: Path) -> _Attempt:
         folder = Path(tempfile.mkdtemp(dir=parent))
         runs = max((code.digits for code in self._codes.values()), default=1)
+        coded = [self._coded(0, disabled, folder)]
         draw = RandomValues()
 
         def random(spec: TensorSpec, first: int, count: int) -> Array:
             return draw(spec.dtype, count, unlike=self._values(spec, first, count, 0))
 
-        def prove() -> Optimised:
-            return run(self._optimise, self._model, self._weights, random, disabled, folder / "random")
-
-        # Two at once where it is seconds that count; one after the other where it is memory.
-        with ThreadPoolExecutor(1, "onnx-refit-trace") as pool:
-            proving = pool.submit(prove)
-            if sum(spec.nbytes for spec in self._weights) > _LARGE:
-                wait((proving,))
-            coded = [self._coded(0, disabled, folder)]
-            proof = proving.result()
+        proof = run(self._optimise, self._model, self._weights, random, disabled, folder / "random")
         bones = skeleton(proof.model)
         if skeleton(coded[0].model) != bones:
             shutil.rmtree(folder)
