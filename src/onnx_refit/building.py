@@ -15,6 +15,8 @@ import onnx
 from onnx_refit.engine.registry import DEFAULT_ENGINE, EngineOptions, create_backend, require_engine
 from onnx_refit.errors import ModelError, UnsupportedModelError, WeightsError
 from onnx_refit.model.load import load_model
+from onnx_refit.model.order import SortNodes
+from onnx_refit.model.passes import Change
 from onnx_refit.model.prepare import prepare
 from onnx_refit.plan.compile import CompileOptions, compile_model
 from onnx_refit.plan.compiled import Decision, Verdict
@@ -138,7 +140,9 @@ def _compiled(
     """The plan without names and fingerprint, not specialised, and the model that was compiled."""
     proto = load_model(model, load_external_data=False)
     base_dir = options.base_dir if isinstance(model, onnx.ModelProto) else Path(model).absolute().parent
-    # Before anything else: an exporter that merged equal tensors kept their names in Identity nodes at best.
+    ordered = SortNodes().call(proto)
+    proto = ordered.model
+    # Before the passes: an exporter that merged equal tensors kept their names in Identity nodes at best.
     proto, splits = unmerge(proto, source, base_dir)
     prepared = prepare(proto, for_engine=engine) if options.prepare else None
     if prepared is not None:
@@ -161,9 +165,7 @@ def _compiled(
         preprocessors=() if prepared is None else prepared.preprocessors,
         postprocessors=() if prepared is None else prepared.postprocessors,
     )
-    if splits:
-        plan = _with_decisions(plan, [_split_decision(split) for split in splits])
-    return plan, proto
+    return _with_decisions(plan, [*map(_sort_decision, ordered.changes), *map(_split_decision, splits)]), proto
 
 
 def _specialised(plan: Plan, options: BuildOptions) -> Plan:
@@ -188,6 +190,10 @@ def _with_names(plan: Plan, found: Discovery, where: str) -> Plan:
         ),
     ]
     return replace(_with_decisions(plan, decisions), names=found.names)
+
+
+def _sort_decision(change: Change) -> Decision:
+    return Decision(f"graph {change.node!r}", "sort the nodes", Verdict.ACCEPTED, change.why)
 
 
 def _split_decision(split: Split) -> Decision:

@@ -16,6 +16,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from onnx_refit.errors import ModelError, UnsupportedModelError
 from onnx_refit.model.detach import read_detached
 from onnx_refit.model.graph import all_graphs, opset, without_initializers
+from onnx_refit.model.order import sort_nodes
 
 _STANDARD = ("", "ai.onnx")
 _MAX_PROTOBUF = 2**31 - 1
@@ -48,7 +49,7 @@ def load_model(
             the 2 GB a protobuf can be, they stay where they are in any case (``data_location`` says so); that they
             are there is checked. Small ones (shapes, axes, scalars) are read in any case. Without it the large
             tensors inside of the model file stay there too, marked in the same way.
-        check: run the ONNX checker too.
+        check: run the ONNX checker too. Nodes may be in any order; ``prepare`` sorts them.
 
     Raises:
         ModelError: no such file, empty, not ONNX, damaged, external data missing or outside of the model's folder.
@@ -58,7 +59,7 @@ def load_model(
         check_structure(source, None)
         check_operators(source, None)
         if check:
-            check_model(source)
+            check_model(source, any_order=True)
         return source
     path = Path(source)
     if load_external_data:
@@ -70,7 +71,7 @@ def load_model(
     check_operators(model, path)
     size += _check_external(model, path)
     if check:
-        check_model(model, path)
+        check_model(model, path, any_order=True)
     everything = load_external_data and size <= _MAX_PROTOBUF
     for tensor in external_tensors(model):
         if everything or math.prod(tensor.dims) <= _SMALL:
@@ -198,10 +199,13 @@ def _runtime_operators() -> frozenset[tuple[str, str]]:
     return frozenset((schema.domain, schema.name) for schema in state.get_all_operator_schema())
 
 
-def check_model(model: ModelProto, path: Path | None = None) -> None:
-    """ModelError with the checker's words unless the ONNX checker accepts the model."""
+def check_model(model: ModelProto, path: Path | None = None, *, any_order: bool = False) -> None:
+    """ModelError with the checker's words unless the ONNX checker accepts the model (its nodes sorted, if so asked)."""
+    bare = _bare(model)
+    if any_order:
+        sort_nodes(bare, path)
     try:
-        onnx.checker.check_model(_bare(model))
+        onnx.checker.check_model(bare)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         first = " ".join(str(error).strip().split("\n\n")[0].split())
         raise ModelError(f"not valid ONNX: {first}", where=path) from error

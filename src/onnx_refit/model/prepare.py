@@ -15,6 +15,7 @@ from onnx_refit.model.counting import ReplaceCounters, SimplifyPositions
 from onnx_refit.model.extract import ExtractVocabularies
 from onnx_refit.model.graph import all_graphs
 from onnx_refit.model.load import check_model
+from onnx_refit.model.order import SortNodes
 from onnx_refit.model.passes import Blocker, Change, Pass, PassResult, run_passes
 from onnx_refit.model.vocabulary import VocabularyMap
 
@@ -66,6 +67,7 @@ def passes_for(engine: str) -> tuple[Pass, ...]:
         raise ModelError(f"no such engine: {engine}", hint=f"Choose one of {', '.join(ENGINES)}")
     # ONNX Runtime runs mappers itself: what stands in its way is strings at the beginning, not names at the end.
     return (
+        SortNodes(),
         ExtractVocabularies(outputs=engine != "onnxruntime"),
         RemoveDropout(),
         RemoveIdentity(),
