@@ -151,7 +151,7 @@ def test_the_packer_writes_what_the_recipe_says(sizes: tuple[int, int], transpos
         return
     assert found is not None
     got = np.zeros_like(wanted)
-    Packer(BLOCK).pack(found, {"w": source}.__getitem__, got)
+    Packer(BLOCK).mould(found, got).write({"w": source}.__getitem__)
     assert np.array_equal(got, wanted)
 
 
@@ -191,7 +191,7 @@ def test_the_packer_writes_convolutions(shape: tuple[int, ...], scaled: bool) ->
     parts = list(found.parts(BLOCK, rows * BLOCK))
     assert len(parts) == out // BLOCK
     for begin, part in parts:
-        Packer(BLOCK).pack(part, tensors.__getitem__, got[begin : begin + part.columns * rows])
+        Packer(BLOCK).mould(part, got[begin : begin + part.columns * rows]).write(tensors.__getitem__)
     assert np.array_equal(got, wanted)
 
 

@@ -6,8 +6,8 @@ checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.tensors import Array, TensorSpec
@@ -48,6 +48,22 @@ class WeightSet(Protocol):
         ...
 
 
+Look: TypeAlias = Callable[[int, int], None]
+"""``look(begin, end)`` looks at elements of one flattened source weight; any thread may call it."""
+
+
+class Inspector(Protocol):
+    """Somebody who has to read source weights that a backend reads anyway: so each comes from memory once."""
+
+    def claim(self, name: str) -> Look | None:
+        """How to look at a source weight; None where there is nothing to look at.
+
+        Who claims a weight looks at each of its elements exactly once before ``derive`` returns, in parts as they suit,
+        best just before reading them. What no backend claims is looked at afterwards.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A compiled model on one device, able to run with any of its weight sets."""
 
@@ -72,7 +88,11 @@ class Backend(Protocol):
         ...
 
     def derive(
-        self, sources: Mapping[str, Array], base: WeightSet | None = None, changed: frozenset[str] | None = None
+        self,
+        sources: Mapping[str, Array],
+        base: WeightSet | None = None,
+        changed: frozenset[str] | None = None,
+        inspector: Inspector | None = None,
     ) -> WeightSet:
         """A new weight set from source weights; nothing that runs is touched.
 
@@ -82,6 +102,7 @@ class Backend(Protocol):
                 and never written.
             base: the set to share unchanged engine weights with.
             changed: names of the source weights that differ from ``base``; None means all.
+            inspector: looks at source weights too; a backend that gains nothing from it may leave it alone.
 
         Raises:
             EngineError: the derivation failed; no weight set exists.

@@ -14,7 +14,7 @@ from onnx_refit.refit.check_report import Accepted, CheckReport, Missing, Reject
 from onnx_refit.tensors import Array, TensorSpec, is_floating
 from onnx_refit.weights.finite import Reader
 from onnx_refit.weights.nearest import Nearest
-from onnx_refit.weights.scan import CastProblem, Measure, Worst, cast, first_non_finite, measure, same_bits
+from onnx_refit.weights.scan import CastProblem, Measure, Worst, all_finite, cast, first_non_finite, measure, same_bits
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.view import NamedView, ViewProblemKind
 
@@ -80,6 +80,7 @@ def check(
     *,
     current: Callable[[str], Array | None] | None = None,
     options: CheckOptions | None = None,
+    finite_later: bool = False,
 ) -> tuple[CheckReport, dict[str, Array]]:
     """Check a checkpoint against the weights of a model; nothing is changed.
 
@@ -89,6 +90,8 @@ def check(
         current: gives the current value of a weight, None where it is not at hand; used by ``compare`` and
             ``measure``.
         options: how strict to be.
+        finite_later: the caller looks for NaN and infinities itself, in the arrays that he gets, and checks once more
+            where he finds some: only tensors that have to be cast are looked at here.
 
     Returns:
         The report, and the arrays to apply: C-contiguous, of the declared dtype and shape, without the weights that
@@ -110,7 +113,7 @@ def check(
         and (found := specs.get(source.spec.name)) is not None
         and found.shape == source.spec.shape
     )
-    reader = Reader(weights, fitting, look=not chosen.allow_nonfinite)
+    reader = Reader(weights, fitting, look=not chosen.allow_nonfinite and not finite_later)
     for source in sources:
         spec = source.spec
         name = spec.name
@@ -159,7 +162,7 @@ def _load(
     except OnnxRefitError as error:
         return None, (RejectReason.UNREADABLE, str(error))
     # A non-finite value is said to be one before a cast can speak of it.
-    if not finite:
+    if not finite or (stored.dtype != spec.dtype and not options.allow_nonfinite and not all_finite(array)):
         return None, (RejectReason.NON_FINITE, _non_finite_text(array))
     if stored.dtype != spec.dtype:
         result = cast(array, spec.dtype, rounding=options.casting is Casting.ROUND)

@@ -10,7 +10,9 @@ import numpy as np
 from onnx_refit.engine.protocol import Backend
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.refit.check import CheckOptions, check
+from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
+from onnx_refit.refit.inspection import Inspection
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
@@ -18,6 +20,7 @@ from onnx_refit.refit.unchanged import sample, unchanged
 from onnx_refit.refit.versions import Version
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array
+from onnx_refit.weights.finite import not_finite
 from onnx_refit.weights.source import WeightSource
 
 
@@ -70,6 +73,17 @@ class Derivation:
             committed=datetime.now(UTC),
         )
 
+    def _check(
+        self, given: WeightSource, current: VersionWeights, options: CheckOptions, *, finite_later: bool
+    ) -> tuple[CheckReport, dict[str, Array]]:
+        """The report and the arrays; RefitRejectedError with everything that is wrong if anything is."""
+        report, arrays = check(self._sources, given, current=current.read, options=options, finite_later=finite_later)
+        report = refuse_changed_constants(report, given, self._constants)
+        if finite_later and not report.ok:
+            return self._check(given, current, options, finite_later=False)  # the report names what is not finite too
+        report.raise_if_rejected()
+        return report, arrays
+
     def candidate(
         self, base: Version, given: WeightSource, options: CheckOptions, seconds: dict[str, float]
     ) -> Candidate:
@@ -86,20 +100,30 @@ class Derivation:
             EngineError: the derivation failed.
         """
         current = self.weights_of(base)
+        look = not options.allow_nonfinite
         with timed(seconds, "check"):
-            report, arrays = check(self._sources, given, current=current.read, options=options)
-            report = refuse_changed_constants(report, given, self._constants)
-            report.raise_if_rejected()
+            report, arrays = self._check(given, current, options, finite_later=True)
         with timed(seconds, "compare"):
             equal, samples = unchanged(arrays, base.samples, current.read)
+            finite = not (look and not_finite([arrays[name] for name in equal]))
             arrays = {name: array for name, array in arrays.items() if name not in equal}
         changed = frozenset(arrays)
         full = len(changed) == len(self._specs)
         with timed(seconds, "derive"):
             required = changed if full else self._backend.required(changed)
             needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
-            weights = self._backend.derive(needed, None if full else base.weights, None if full else changed)
-            retained = self._retainer.retain(arrays, base.retained)
+            keeping = self._retainer.keep(changed, base.retained)
+            inspection = Inspection(arrays, keeping.targets, look=look)
+            weights = self._backend.derive(
+                needed, None if full else base.weights, None if full else changed, inspection
+            )
+            finite = inspection.finish() and finite
+            retained = keeping.finish()
+        if not finite:
+            del weights, retained, keeping, inspection  # an error keeps what its frames hold
+            with timed(seconds, "check"):
+                self._check(given, current, options, finite_later=False)
+            return self.candidate(base, given, options, seconds)  # somebody wrote to the arrays meanwhile
         return Candidate(
             weights=weights,
             retained=retained,

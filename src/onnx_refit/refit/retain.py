@@ -11,7 +11,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,6 @@ from onnx_refit.threads import step_back
 _ALIGNMENT = 64
 _SPARE_SECONDS = 3.0
 _MANY = 64  # chunks, some of them perhaps dead
-
-
-def own_copy(array: Array) -> Array:
-    """A copy that nobody can change: callers write to their arrays, and replace or cut the files they map."""
-    copied = np.array(array)
-    copied.flags.writeable = False
-    return copied
 
 
 class _Arena:
@@ -52,6 +46,10 @@ class _Place:
         self.end = begin + spec.nbytes
         self.dtype = numpy_dtype(spec.dtype)
         self.shape = spec.static_shape
+
+    def empty(self) -> Array:
+        """Memory for this weight alone."""
+        return np.empty(self.shape, self.dtype)
 
     def view(self, memory: Array) -> Array:
         """The weight in this memory."""
@@ -139,6 +137,19 @@ class Kept(Mapping[str, Array]):
         return len(self.chunks)
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Weights about to be kept.
+
+    Attributes:
+        targets: weight -> where its copy is to be written.
+        finish: gives what is kept, once all are written; afterwards nobody may write.
+    """
+
+    targets: Mapping[str, Array]
+    finish: Callable[[], Kept]
+
+
 class Retainer:
     """Copies the weights that a version has to keep. One refit at a time; what it gives may be read in any thread.
 
@@ -175,23 +186,38 @@ class Retainer:
             arrays: the weights that change, of the declared dtypes and shapes; all of them if nothing was before.
             before: what was kept so far.
         """
-        if not self._layout:
-            return Kept({})
-        changed = self._layout.keys() & arrays.keys()
-        if not changed:
-            assert before is not None
-            return before
+        keeping = self.keep(arrays, before)
+        for name, target in keeping.targets.items():
+            np.copyto(target, arrays[name])
+        return keeping.finish()
+
+    def keep(self, changed: Iterable[str], before: Kept | None) -> Keeping:
+        """Memory to write the weights to keep into, for those who write them themselves.
+
+        Args:
+            changed: the weights that change; all of them if nothing was before.
+            before: what was kept so far.
+        """
+        names = self._layout.keys() & changed
+        if not names:
+            return Keeping({}, lambda: Kept({}) if before is None else before)
         self._touch()
-        if len(changed) < len(self._layout):
-            assert before is not None
-            chunk = self._chunk({name: own_copy(arrays[name]) for name in changed})
-            return Kept({**before.chunks, **dict.fromkeys(changed, chunk)})
+        if len(names) < len(self._layout):
+            arrays = {name: self._layout[name].empty() for name in names}
+            return Keeping(arrays, lambda: self._some(arrays, before))
         try:
             arena = self._spare.pop()
         except IndexError:
             arena = _Arena(self._layout, self._nbytes)
-        for name, view in arena.views.items():
-            np.copyto(view, arrays[name])
+        return Keeping(arena.views, lambda: self._all(arena))
+
+    def _some(self, arrays: Mapping[str, Array], before: Kept | None) -> Kept:
+        assert before is not None
+        for array in arrays.values():
+            array.flags.writeable = False
+        return Kept({**before.chunks, **dict.fromkeys(arrays, self._chunk(arrays))})
+
+    def _all(self, arena: _Arena) -> Kept:
         return Kept(dict.fromkeys(self._layout, self._chunk(_Leased(_Lease(arena, self._spare), self._layout))))
 
     def _chunk(self, arrays: Mapping[str, Array]) -> _Chunk:

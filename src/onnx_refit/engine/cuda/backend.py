@@ -23,7 +23,7 @@ from onnx_refit.engine.cuda.runner import Runner, to_input
 from onnx_refit.engine.cuda.torchlib import real_dtype
 from onnx_refit.engine.cuda.upload import Uploader, from_dlpack
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
-from onnx_refit.engine.protocol import WeightSet
+from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.evaluate import affected, required
@@ -133,6 +133,7 @@ class CudaBackend:
         sources: Mapping[str, Source],
         base: WeightSet | None = None,
         changed: frozenset[str] | None = None,
+        inspector: Inspector | None = None,
     ) -> CudaWeightSet:
         """A new weight set; see ``Backend.derive``. Requests run meanwhile.
 

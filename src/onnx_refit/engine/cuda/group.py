@@ -13,7 +13,7 @@ from typing import Any
 
 from onnx_refit.engine.cuda.backend import CudaBackend, Source
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
-from onnx_refit.engine.protocol import FullSpeed, WeightSet
+from onnx_refit.engine.protocol import FullSpeed, Inspector, WeightSet
 from onnx_refit.engine.single_tier import SingleTier
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import Decision
@@ -90,6 +90,7 @@ class CudaGroup:
         sources: Mapping[str, Source],
         base: WeightSet | None = None,
         changed: frozenset[str] | None = None,
+        inspector: Inspector | None = None,
     ) -> GroupWeightSet:
         """A weight set on every device, or none.
 

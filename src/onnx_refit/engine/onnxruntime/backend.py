@@ -16,7 +16,7 @@ from onnx_refit.engine.onnxruntime.recurrence import deadly_extents, refuse_empt
 from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
 from onnx_refit.engine.onnxruntime.tiers import SecondTier
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
-from onnx_refit.engine.protocol import WeightSet
+from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
@@ -117,6 +117,7 @@ class OnnxRuntimeBackend:
         sources: Mapping[str, Array],
         base: WeightSet | None = None,
         changed: frozenset[str] | None = None,
+        inspector: Inspector | None = None,
     ) -> OnnxRuntimeWeightSet:
         """A new weight set from source weights; see ``Backend.derive``."""
         self._check_open()
@@ -127,7 +128,7 @@ class OnnxRuntimeBackend:
             renew = self._deriver.affected(changed)
         self._pool.touch()
         fresh = {name: self._pool.take(self._specs[name]) for name in self._specs if name in renew}
-        self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()})
+        self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()}, inspector)
         shared = sum(buffer.spec.nbytes for name, buffer in held.items() if name not in fresh)
         made = self._weight_set({**held, **fresh}, shared)
         if self._second is not None:

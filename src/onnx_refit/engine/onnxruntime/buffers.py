@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,11 @@ class Storage:
         array: the array, aligned to 64 bytes.
         flat: the same elements, flat.
         value: an OrtValue over the array.
-        views: the array seen as each piece of its recipe wants it (the deriver fills this).
+        prepared: what its writer made once to write it again and again (the writer fills this).
         settled: whether it is sure that no thread is writing it; never given out again otherwise.
     """
 
-    __slots__ = ("_owner", "array", "flat", "settled", "spec", "value", "views")
+    __slots__ = ("_owner", "array", "flat", "prepared", "settled", "spec", "value")
 
     def __init__(self, spec: TensorSpec) -> None:
         dtype = numpy_dtype(spec.dtype)
@@ -41,7 +42,7 @@ class Storage:
         self.array: Array = self.flat.reshape(spec.static_shape)
         self.value: Value
         self.value, self._owner = owned(self.array)
-        self.views: tuple[Array, ...] | None = None
+        self.prepared: tuple[Any, ...] | None = None
         self.settled = True
 
     def settle(self) -> None:

@@ -26,6 +26,7 @@ from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype, onnx_
 PROVIDERS = ["CPUExecutionProvider"]
 NCHWC_DOMAIN = "com.microsoft.nchwc"
 _DEVICE = ort.OrtDevice.make("cpu", 0)._get_c_device()
+_SINGLE = np.dtype(np.float32)
 # NumPy knows these only through ml_dtypes; ONNX Runtime takes them as raw integers with the ONNX type beside.
 _RAW = {"bfloat16": np.uint16, "float8e4m3fn": np.uint8, "float8e5m2": np.uint8}
 
@@ -38,6 +39,8 @@ Value = Any
 
 def wrap(array: Array) -> Value:
     """An OrtValue over the array's own memory (the caller keeps the array alive); C-contiguous arrays only."""
+    if array.dtype is _SINGLE:
+        return capi.OrtValue.ortvalue_from_numpy(array, _DEVICE)
     name = dtype_name(array.dtype)
     raw = _RAW.get(name)
     if raw is not None:
@@ -159,11 +162,30 @@ class Binding:
         io.clear_binding_outputs()  # the results own their memory now
         return results
 
-    def run_into(self, inputs: Iterable[tuple[str, Value]], outputs: Iterable[tuple[str, Value]]) -> None:
-        """Run with these further input values, writing into these output values."""
-        io = self._io
-        for name, value in inputs:
-            io.bind_ortvalue_input(name, value)
-        for name, value in outputs:
-            io.bind_ortvalue_output(name, value)
-        self._session.run_with_iobinding(io, None)
+
+class Outlet:
+    """A session that writes into memory bound once; one call at a time.
+
+    Args:
+        session: the session.
+        inputs: those that are always the same: input name -> value (the caller keeps all memory alive).
+        outputs: output name -> value over the memory to write.
+    """
+
+    __slots__ = ("_io", "_session")
+
+    def __init__(
+        self, session: ort.InferenceSession, inputs: Mapping[str, Value], outputs: Mapping[str, Value]
+    ) -> None:
+        self._session = session._sess
+        self._io = capi.SessionIOBinding(session._sess)
+        for name, value in inputs.items():
+            self._io.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._io.bind_ortvalue_output(name, value)
+
+    def run(self, *inputs: tuple[str, Array]) -> None:
+        """Run with these further inputs: C-contiguous arrays."""
+        for name, array in inputs:
+            self._io.bind_ortvalue_input(name, wrap(array))
+        self._session.run_with_iobinding(self._io, None)

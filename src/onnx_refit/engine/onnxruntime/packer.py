@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from onnx_refit.engine.onnxruntime.blocked import up
-from onnx_refit.engine.onnxruntime.native import NCHWC_DOMAIN, Binding, make_session, session_options, wrap
+from onnx_refit.engine.onnxruntime.native import NCHWC_DOMAIN, Binding, Outlet, make_session, session_options, wrap
 from onnx_refit.engine.onnxruntime.packing import Packing
 from onnx_refit.tensors import Array
+
+_OPSETS = (("", 17), (NCHWC_DOMAIN, 1))
+
+
+class Mould:
+    """A packing and the memory that it goes to, bound once and written again and again. Made by ``Packer.mould``.
+
+    Different moulds may be written in different threads.
+    """
+
+    __slots__ = ("_begin", "_end", "_factors", "_outlet", "_owners", "_packing", "_shape")
+
+    def __init__(self, packing: Packing, outlet: Outlet, owners: tuple[Array, ...]) -> None:
+        self._packing = packing
+        self._outlet = outlet
+        self._owners = owners
+        k, n = packing.rows, packing.columns
+        self._begin, self._end = packing.offset, packing.offset + k * n
+        self._shape = (1, 1, k, n) if packing.channels_last else (1, n, 1, k)
+        scale = packing.scale
+        if scale is not None:
+            count = n if scale.stride else 1
+            last = scale.offset + (count - 1) * scale.stride + 1
+            self._factors = slice(scale.offset, last, scale.stride or 1), _column(packing, count)
+
+    def write(self, fetch: Callable[[str], Array]) -> None:
+        """Write it, from the flat float32 tensors that ``fetch`` gives."""
+        packing = self._packing
+        matrix = fetch(packing.source)[self._begin : self._end].reshape(self._shape)
+        if packing.scale is None:
+            self._outlet.run(("x", matrix))
+            return
+        where, shape = self._factors
+        factors = fetch(packing.scale.name)[where]
+        self._outlet.run(("x", matrix), ("factors", np.ascontiguousarray(factors).reshape(shape)))
+
+
+def _column(packing: Packing, count: int) -> tuple[int, int, int, int]:
+    """The shape of so many factors that fits each to its column."""
+    return (1, 1, 1, count) if packing.channels_last else (1, count, 1, 1)
 
 
 class Packer:
@@ -24,67 +64,53 @@ class Packer:
 
     def __init__(self, block: int) -> None:
         self._block = block
-        # One thread a session: callers pack different tensors in different threads.
-        self._sessions = [make_session(_model(last), session_options(1)) for last in (0, 1)]
-        # Scratch memory of each thread, kept: fresh pages cost more than the work on them.
-        self._local = threading.local()
+        self._sessions: dict[tuple[bool, bool, bool], ort.InferenceSession] = {}
 
-    def pack(self, packing: Packing, fetch: Callable[[str], Array], target: Array) -> None:
-        """Write a tensor.
+    def mould(self, packing: Packing, target: Array) -> Mould:
+        """Bind the memory of a packing.
 
         Args:
             packing: what it is.
-            fetch: gives the flat float32 tensors it reads.
             target: flat float32, C-contiguous, ``up(N) * K`` elements.
         """
-        k, n = packing.rows, packing.columns
-        shape = (k, n) if packing.channels_last else (n, k)
-        matrix = fetch(packing.source)[packing.offset : packing.offset + k * n].reshape(shape)
-        if packing.scale is not None:
-            scale = packing.scale
-            factors = fetch(scale.name)[scale.offset :][:: scale.stride or 1][: n if scale.stride else 1]
-            scaled = self._scratch("scaled", k * n).reshape(shape)
-            np.multiply(matrix, factors if packing.channels_last else factors[:, None], out=scaled)
-            matrix = scaled
-        if packing.window == 1:
-            self._reorder(matrix, packing, target)
-            return
-        rows = self._scratch("rows", k * n)
-        self._reorder(matrix, packing, rows)
-        # [N/b][I/b * b][window] rows of one block each -> [N/b][I/b][window][b] of them: rows move as single items.
-        b = self._block
-        outer, inner = n // b, k // packing.window // b
-        row = np.dtype((np.void, 4 * b))
-        moved = rows.view(row).reshape(outer, inner, b, packing.window).transpose(0, 1, 3, 2)
-        np.copyto(target.view(row).reshape(outer, inner, packing.window, b), moved)
+        b, k, n, window = self._block, packing.rows, packing.columns, packing.window
+        session = self._session(scaled=packing.scale is not None, windowed=window > 1, last=packing.channels_last)
+        if window == 1:
+            blocked = target.reshape(1, up(n, b), 1, k)
+            return Mould(packing, Outlet(session, {}, {"y": wrap(blocked)}), (blocked,))
+        # [N/b][I/b][b][window] rows of b columns each become [N/b][I/b][window][b] of them: the same operator, for
+        # which each row is a pixel's channels.
+        tiles = np.array([n * k // window // b // b, b, 1, b * window])
+        blocked = target.reshape(-1, b * window, b, 1)
+        return Mould(packing, Outlet(session, {"tiles": wrap(tiles)}, {"y": wrap(blocked)}), (blocked, tiles))
 
-    def _reorder(self, matrix: Array, packing: Packing, target: Array) -> None:
-        k, n = packing.rows, packing.columns
-        shape = (1, 1, k, n) if packing.channels_last else (1, n, 1, k)
-        binding = Binding(self._sessions[packing.channels_last], {}, ())
-        binding.run_into(
-            (("x", wrap(matrix.reshape(shape))),),
-            (("y", wrap(target.reshape(1, up(n, self._block), 1, k))),),
-        )
-
-    def _scratch(self, name: str, size: int) -> Array:
-        held: Array | None = getattr(self._local, name, None)
-        if held is None or held.size < size:
-            held = np.empty(size, np.float32)
-            setattr(self._local, name, held)
-        return held[:size]
+    def _session(self, *, scaled: bool, windowed: bool, last: bool) -> ort.InferenceSession:
+        key = scaled, windowed, last
+        session = self._sessions.get(key)
+        if session is None:
+            # One thread a session: callers pack different tensors in different threads.
+            session = make_session(_model(scaled=scaled, windowed=windowed, last=last), session_options(1))
+            self._sessions[key] = session
+        return session
 
 
-def _model(channels_last: int) -> onnx.ModelProto:
-    node = helper.make_node("ReorderInput", ["x"], ["y"], domain=NCHWC_DOMAIN, channels_last=channels_last)
-    graph = helper.make_graph(
-        [node],
-        "pack",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", "c", "d"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["e", "f", "g", "h"])],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(NCHWC_DOMAIN, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+def _model(*, scaled: bool, windowed: bool, last: bool) -> onnx.ModelProto:
+    """``[1,1,K,N]`` or ``[1,N,1,K]``, perhaps times factors, into blocked layout, perhaps tiled once more."""
+    any_shape = [f"d{k}" for k in range(4)]
+    nodes, inputs, value = [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, any_shape)], "x"
+    if scaled:
+        nodes.append(helper.make_node("Mul", [value, "factors"], ["scaled"]))
+        inputs.append(helper.make_tensor_value_info("factors", TensorProto.FLOAT, [f"f{k}" for k in range(4)]))
+        value = "scaled"
+    rows = "rows" if windowed else "y"
+    nodes.append(helper.make_node("ReorderInput", [value], [rows], domain=NCHWC_DOMAIN, channels_last=int(last)))
+    if windowed:
+        nodes.append(helper.make_node("Reshape", [rows, "tiles"], ["tiled"]))
+        nodes.append(helper.make_node("ReorderInput", ["tiled"], ["y"], domain=NCHWC_DOMAIN, channels_last=1))
+        inputs.append(helper.make_tensor_value_info("tiles", TensorProto.INT64, [4]))
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [f"e{k}" for k in range(4)])
+    opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS]
+    return helper.make_model(helper.make_graph(nodes, "pack", inputs, [output]), opset_imports=opsets, ir_version=9)
 
 
 class Caster:

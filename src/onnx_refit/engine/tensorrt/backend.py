@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from onnx_refit.engine.protocol import WeightSet
+from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.engine.tensorrt.artefact import Conditions, conditions_of, obstacle, pack, unpack
 from onnx_refit.engine.tensorrt.bindings import Bindings, find_bindings
 from onnx_refit.engine.tensorrt.build import build_plan
@@ -194,6 +194,7 @@ class TensorRtBackend:
         sources: Mapping[str, Array | DeviceTensor],
         base: WeightSet | None = None,
         changed: frozenset[str] | None = None,
+        inspector: Inspector | None = None,
     ) -> TensorRtWeightSet:
         """A new weight set, already refitted into an idle device engine; see ``Backend.derive``.
 
