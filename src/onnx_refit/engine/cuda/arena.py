@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
+from onnx_refit.engine.cuda.plain import Plain
 from onnx_refit.tensors import TensorSpec
 
 ALIGNMENT = 256
 """Bytes: what CUDA's own allocator aligns to, enough for every vectorised load."""
+
+_VECTOR = 16  # bytes of the widest load; neighbours that are to be read as one matrix lie no further apart
 
 _serials = itertools.count()
 
@@ -27,12 +31,16 @@ class Slot:
         dtype: PyTorch's dtype it is stored in (half where the plan says float32 and the precision is half).
         offset: bytes from the beginning of the arena.
         nbytes: bytes it takes.
+        source: name of the source weight whose elements it holds in the source's own order; None if it is computed.
+        strides: of the engine weight over the slot, in elements; None where it is contiguous.
     """
 
     spec: TensorSpec
     dtype: Any
     offset: int
     nbytes: int
+    source: str | None = None
+    strides: tuple[int, ...] | None = None
 
 
 class Layout:
@@ -41,18 +49,57 @@ class Layout:
     Args:
         specs: the engine weights.
         real: the dtype that stands for float32.
+        plain: those that are views of source weights.
+        together: groups of weights that are read as one matrix: each group lies without gaps where sizes allow it.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec], real: Any) -> None:
-        slots, end = {}, 0
-        for spec in specs:
-            dtype = torch_dtype(spec.dtype, spec.name)
-            dtype = real if dtype is torch.float32 else dtype
-            nbytes = spec.size * dtype.itemsize
-            slots[spec.name] = Slot(spec, dtype, end, nbytes)
-            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    def __init__(
+        self,
+        specs: Iterable[TensorSpec],
+        real: Any,
+        plain: Mapping[str, Plain] | None = None,
+        together: Sequence[Sequence[str]] = (),
+    ) -> None:
+        known = {spec.name: spec for spec in specs}
+        views = plain or {}
+        slots: dict[str, Slot] = {}
+        end = 0
+        for names in _ordered(known, together):
+            end = _aligned(end, ALIGNMENT)
+            for name in names:
+                spec = known[name]
+                dtype = torch_dtype(spec.dtype, name)
+                dtype = real if dtype is torch.float32 else dtype
+                nbytes = spec.size * dtype.itemsize
+                view = views.get(name)
+                contiguous = tuple(torch.empty(spec.static_shape, device="meta").stride())
+                strides = None if view is None or view.strides == contiguous else view.strides
+                end = _aligned(end, _VECTOR)
+                slots[name] = Slot(spec, dtype, end, nbytes, None if view is None else view.source, strides)
+                end += nbytes
         self.slots: Mapping[str, Slot] = slots
-        self.nbytes = end
+        self.nbytes = _aligned(end, ALIGNMENT)
+
+    @cached_property
+    def plain(self) -> tuple[Slot, ...]:
+        """The slots that hold source weights."""
+        return tuple(slot for slot in self.slots.values() if slot.source is not None)
+
+
+def _ordered(known: Mapping[str, TensorSpec], together: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The names in groups: each member of a group beside the others, at the place of the first one."""
+    group_of = {name: tuple(names) for names in together for name in names if all(n in known for n in names)}
+    ordered, placed = [], set()
+    for name in known:
+        if name not in placed:
+            names = list(group_of.get(name, (name,)))
+            ordered.append(names)
+            placed.update(names)
+    return ordered
+
+
+def _aligned(offset: int, to: int) -> int:
+    return -(-offset // to) * to
 
 
 class Arena:
@@ -62,17 +109,29 @@ class Arena:
         serial: a number that no other arena of the process has: an address may be used again, this is not.
         layout: what lies where.
         storage: the bytes, uint8 [layout.nbytes] on the device.
-        views: name -> tensor of the slot's dtype and shape over the storage.
     """
 
     def __init__(self, layout: Layout, device: Any) -> None:
         self.serial = next(_serials)
         self.layout = layout
         self.storage: Tensor = torch.empty(max(1, layout.nbytes), dtype=torch.uint8, device=device)
-        self.views: Mapping[str, Tensor] = {
-            name: self.storage[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.spec.static_shape)
-            for name, slot in layout.slots.items()
-        }
+
+    def raw(self, name: str) -> Tensor:
+        """The elements of a slot as they lie, [elements]."""
+        slot = self.layout.slots[name]
+        return self.storage[slot.offset : slot.offset + slot.nbytes].view(slot.dtype)
+
+    def view(self, name: str) -> Tensor:
+        """An engine weight, of the slot's dtype and the engine weight's shape."""
+        slot = self.layout.slots[name]
+        shape = slot.spec.static_shape
+        flat = self.raw(name)
+        return flat.view(shape) if slot.strides is None else flat.as_strided(shape, slot.strides)
+
+    @cached_property
+    def views(self) -> Mapping[str, Tensor]:
+        """Name -> engine weight; made when first asked for, which most refits never do."""
+        return {name: self.view(name) for name in self.layout.slots}
 
 
 class LiveArena:
@@ -112,7 +171,7 @@ class LiveArena:
             nbytes = self.arena.layout.nbytes
         else:
             torch._foreach_copy_(
-                [self.views[name] for name in stale], [places[name].views[name] for name in stale], non_blocking=True
+                [self.arena.raw(name) for name in stale], [places[name].raw(name) for name in stale], non_blocking=True
             )
             nbytes = sum(self.arena.layout.slots[name].nbytes for name in stale)
         self._holds.update((name, places[name].serial) for name in stale)

@@ -1,36 +1,32 @@
 """The CUDA engine on one device: weight sets in device memory, requests by recorded CUDA graphs.
 
-**Not run** on a GPU yet; the same code runs on ``device="cpu"`` in the tests.
+The same code runs on ``device="cpu"`` in the tests that need no GPU.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from onnx_refit.engine.cuda import persistent
+from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout
 from onnx_refit.engine.cuda.choice import Choice, candidates, make_network
+from onnx_refit.engine.cuda.filling import Filler, Source
 from onnx_refit.engine.cuda.lowering.operators import Tensor
-from onnx_refit.engine.cuda.lowering.program import to_real
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
-from onnx_refit.engine.cuda.recipes import Recipes
+from onnx_refit.engine.cuda.plain import plain_weights
 from onnx_refit.engine.cuda.runner import Runner, to_input
+from onnx_refit.engine.cuda.streams import on_device
 from onnx_refit.engine.cuda.torchlib import real_dtype
-from onnx_refit.engine.cuda.upload import Uploader, from_dlpack
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.evaluate import affected, required
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
-
-Source = Any
-"""A source weight: a NumPy array, or anything with ``__dlpack__`` on any device (PyTorch, CuPy, JAX)."""
 
 
 class CudaBackend:
@@ -55,13 +51,14 @@ class CudaBackend:
         self.choice = candidates(compiled, device, options)[0] if choice is None else choice
         lowered = make_network(compiled, device, options, self.choice)
         self.device = lowered.device
-        self._layout = Layout(compiled.engine_weights, self._real)
+        self._plain = plain_weights(compiled)
+        self._layout = Layout(compiled.engine_weights, self._real, self._plain, lowered.together)
+        self._all = frozenset(self._layout.slots)
         self.runner = Runner(compiled, lowered, self._layout, options)
-        self._recipes = Recipes(compiled, device)
-        self._uploader = Uploader(self.device, options.chunk)
+        self._filler = Filler(compiled, self._layout, self.device, self._real, options.chunk)
+        self._names = [spec.name for spec in compiled.outputs]
         self._sources = {source.spec.name: source.spec for source in compiled.sources}
         self._refits = threading.Lock()
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._closed = False
 
     @property
@@ -96,7 +93,7 @@ class CudaBackend:
             reason = "it was asked for; outputs differ from float32's"
             fixed.append(Decision("precision", self._options.precision.value, Verdict.ACCEPTED, reason))
         if any(node.op_type in ("LSTM", "GRU") for node in self._compiled.activation.graph.node):
-            usable = self.device.type == "cuda" and persistent.available()
+            usable = self.device.type == "cuda" and kernels.available()
             reason = "CuPy compiles them" if usable else "they need a GPU and CuPy; the library's kernels run"
             verdict = Verdict.ACCEPTED if usable else Verdict.REJECTED
             fixed.append(Decision("LSTM, GRU", "persistent kernels where the hidden size fits", verdict, reason))
@@ -113,9 +110,9 @@ class CudaBackend:
 
     def _recoverable(self) -> dict[str, str]:
         return {
-            source: name
-            for name, source in self._compiled.program.passthrough.items()
-            if self._layout.slots[name].nbytes == self._sources[source].nbytes
+            slot.source: name
+            for name, slot in self._layout.slots.items()
+            if slot.source is not None and slot.nbytes == self._sources[slot.source].nbytes
         }
 
     def recover(self, weights: WeightSet, name: str) -> Array:
@@ -124,7 +121,7 @@ class CudaBackend:
         if held is None:
             raise EngineError("the engine's weights do not hold this source weight bit for bit", where=name)
         spec = self._sources[name]
-        raw = own(weights).view(held).contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        raw = own(weights).places[held].raw(held).view(torch.uint8).cpu().numpy()
         array: Array = raw.view(numpy_dtype(spec.dtype)).reshape(spec.static_shape).copy()
         return array
 
@@ -135,86 +132,54 @@ class CudaBackend:
         changed: frozenset[str] | None = None,
         inspector: Inspector | None = None,
     ) -> CudaWeightSet:
-        """A new weight set; see ``Backend.derive``. Requests run meanwhile.
+        """A new weight set; see ``Backend.derive``. Requests run meanwhile; the inspector is left to look by itself.
 
         Beside NumPy arrays, sources may be tensors of other libraries: those on this device never touch the host.
         The set owns copies, so whoever gave them may go on changing them once this returns.
         """
         self._check_open()
-        held: dict[str, Arena] = {} if base is None or changed is None else dict(own(base).places)
-        wanted = affected(self._compiled.program, changed or frozenset()) if held else frozenset(self._layout.slots)
-        with self._refits, torch.no_grad(), self._on_stream():
-            layout = self._layout if len(wanted) == len(self._layout.slots) else self._part(wanted)
-            arena = Arena(layout, self.device)
-            self._fill(arena, sources, wanted)
-            if self._stream is not None:
-                self._stream.synchronize()
-        places = {**held, **dict.fromkeys(wanted, arena)}
+        with self._refits, torch.no_grad(), on_device(self.device):
+            if base is None or changed is None:
+                arena = Arena(self._layout, self.device)
+                self._filler.fill(arena, sources, self._all)
+                self._finish()
+                return CudaWeightSet(dict.fromkeys(self._layout.slots, arena), 0)
+            wanted = affected(self._compiled.program, changed)
+            arena = Arena(self._part(wanted), self.device)
+            self._filler.fill(arena, sources, wanted)
+            self._finish()
+        places = {**own(base).places, **dict.fromkeys(wanted, arena)}
         shared = sum(self._layout.slots[name].nbytes for name in places if name not in wanted)
-        return CudaWeightSet({name: places[name] for name in self._layout.slots}, shared)
+        return CudaWeightSet(places, shared)
 
     def adopt(self, other: CudaWeightSet) -> CudaWeightSet:
         """A copy of another device's whole weight set (the same model and options), straight from device to device."""
         self._check_open()
-        with self._refits, torch.no_grad(), self._on_stream():
+        with self._refits, torch.no_grad(), on_device(self.device):
             arena = Arena(self._layout, self.device)
             sources = {place.serial: place for place in other.places.values()}
             first = next(iter(sources.values()), None)
             if first is not None and len(sources) == 1 and first.storage.numel() == arena.storage.numel():
                 arena.storage.copy_(first.storage, non_blocking=True)
             else:
-                for name, view in arena.views.items():
-                    view.copy_(other.view(name), non_blocking=True)
-            if self._stream is not None:
-                self._stream.synchronize()
+                for name in self._layout.slots:
+                    arena.raw(name).copy_(other.places[name].raw(name), non_blocking=True)
+            self._finish()
         return CudaWeightSet(dict.fromkeys(self._layout.slots, arena), 0)
 
     def _part(self, wanted: frozenset[str]) -> Layout:
-        return Layout([spec for spec in self._compiled.engine_weights if spec.name in wanted], self._real)
-
-    def _fill(self, arena: Arena, sources: Mapping[str, Source], wanted: frozenset[str]) -> None:
-        passthrough = self._compiled.program.passthrough
-        plain = {name: passthrough[name] for name in wanted if name in passthrough}
-        direct = {
-            name: sources[source]
-            for name, source in plain.items()
-            if _is_host(sources[source]) and self._sources[source].nbytes == arena.layout.slots[name].nbytes
-        }
-        # First, because it overwrites the gaps between its slots.
-        self._uploader.fill(arena, direct)
-        targets, given = [], []
-        tensors: dict[str, Tensor] = {}
-
-        def tensor(source: str) -> Tensor:
-            if source not in tensors:
-                spec, value = self._sources[source], sources[source]
-                host = _is_host(value)
-                tensors[source] = self._uploader.tensor(spec, value) if host else from_dlpack(value, spec)
-            return tensors[source]
-
-        for name, source in plain.items():
-            if name in direct:
-                continue
-            value = tensor(source)
-            if value.dtype is not arena.views[name].dtype:
-                value = to_real(value.to(self.device, non_blocking=True), self._real)
-            targets.append(arena.views[name])
-            given.append(value)
-        computed = frozenset(name for name in wanted if name not in plain)
-        needed = required(self._compiled.program, computed) if computed else frozenset()
-        here = {source: tensor(source).to(self.device, non_blocking=True) for source in needed}
-        for name, value in self._recipes.run(computed, here).items():
-            targets.append(arena.views[name])
-            given.append(to_real(value, self._real))
-        if targets:
-            # One call for all: tensors of this device in few launches, those of pinned host memory by direct copies.
-            torch._foreach_copy_(targets, given, non_blocking=True)
+        specs = [spec for spec in self._compiled.engine_weights if spec.name in wanted]
+        return Layout(specs, self._real, self._plain)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run one inference with a weight set; see ``Backend.run``."""
-        return {name: tensor.cpu().numpy() for name, tensor in self.run_tensors(weights, inputs, outputs).items()}
+        self._check_open()
+        try:
+            return self.runner.run_arrays(own(weights), inputs, self._names if outputs is None else outputs)
+        except RuntimeError as error:  # PyTorch's own: out of memory, a kernel that failed
+            raise EngineError(f"PyTorch failed: {error}") from error
 
     def run_tensors(
         self, weights: WeightSet, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None
@@ -222,9 +187,8 @@ class CudaBackend:
         """The same with tensors: inputs on the device are not copied to the host, outputs stay on the device."""
         self._check_open()
         given = {spec.name: to_input(spec, inputs[spec.name]) for spec in self._compiled.inputs}
-        names = [spec.name for spec in self._compiled.outputs] if outputs is None else list(outputs)
         try:
-            return self.runner.run(own(weights), given, names)
+            return self.runner.run(own(weights), given, self._names if outputs is None else outputs)
         except RuntimeError as error:  # PyTorch's own: out of memory, a kernel that failed
             raise EngineError(f"PyTorch failed: {error}") from error
 
@@ -238,19 +202,9 @@ class CudaBackend:
         if self._closed:
             raise EngineError("the engine is closed")
 
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        # What the caller enqueued (the trainer's step that made these weights) comes before the refit.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            yield
-
-
-def _is_host(value: Source) -> bool:
-    return hasattr(value, "flags") and hasattr(value, "ctypes")
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def own(weights: WeightSet) -> CudaWeightSet:

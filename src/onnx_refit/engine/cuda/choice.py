@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onnx_refit.engine.cuda import ortnetwork, persistent
+from onnx_refit.engine.cuda import kernels, ortnetwork
 from onnx_refit.engine.cuda.inductor import InductorNetwork
 from onnx_refit.engine.cuda.lowering.program import Lowered
 from onnx_refit.engine.cuda.options import CudaOptions, Precision, Recurrent
@@ -61,9 +61,9 @@ class Choice:
 def here(device: str, options: CudaOptions) -> str:
     """What a measurement depends on, in words."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-    kernels = "with persistent kernels" if persistent.available() else "without persistent kernels"
+    own = "with persistent kernels" if kernels.available() else "without persistent kernels"
     tried = "with" if options.inductor else "without"
-    return f"{name}, torch {torch.__version__}, {options.precision.value}, {kernels}, {tried} TorchInductor"
+    return f"{name}, torch {torch.__version__}, {options.precision.value}, {own}, {tried} TorchInductor"
 
 
 def unpack(artefact: bytes | None, place: str) -> Choice | None:
@@ -82,7 +82,10 @@ def make_network(compiled: CompiledModel, device: str, options: CudaOptions, cho
     """The network of a choice; UnsupportedModelError where it cannot run it."""
     if choice.runner == "onnxruntime":
         return ortnetwork.OrtNetwork(compiled, device, tf32=options.precision is Precision.TF32)
-    lowered = Lowered(compiled.activation, device, real_dtype(torch, options.precision), recurrent=choice.recurrent)
+    # The compiler puts operators together itself.
+    weights = None if choice.runner == "inductor" else {s.name: s.static_shape for s in compiled.engine_weights}
+    real = real_dtype(torch, options.precision)
+    lowered = Lowered(compiled.activation, device, real, recurrent=choice.recurrent, weights=weights)
     if choice.runner == "inductor":
         return InductorNetwork(lowered, frozenset(node.op_type for node in compiled.activation.graph.node))
     return lowered
@@ -97,8 +100,8 @@ def candidates(compiled: CompiledModel, device: str, options: CudaOptions) -> li
     place = here(device, options)
     ways = [Choice("torch", options.recurrent.value, place, {})]
     operators = {node.op_type for node in compiled.activation.graph.node}
-    kernels = device.startswith("cuda") and persistent.available()
-    if options.recurrent is Recurrent.AUTO and kernels and operators & {"LSTM", "GRU"}:
+    own = device.startswith("cuda") and kernels.available()
+    if options.recurrent is Recurrent.AUTO and own and operators & {"LSTM", "GRU"}:
         ways.append(Choice("torch", Recurrent.LIBRARY.value, place, {}))
     if options.inductor:
         ways.append(Choice("inductor", options.recurrent.value, place, {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -24,15 +25,51 @@ class Recording:
         outputs: where they lie after it; the next replay overwrites them.
         replay: enqueue the network on the current stream.
         nbytes: device memory it takes.
+        packed: the inputs' memory as one piece, uint8; empty where it is not one.
     """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     replay: Callable[[], None]
     nbytes: int
+    packed: Packed | None = None
 
 
-def record(compute: Compute, inputs: Mapping[str, Tensor], device: Any) -> Recording:
+@dataclass(frozen=True)
+class Packed:
+    """Inputs side by side, so that those of the host travel in one copy.
+
+    Attributes:
+        storage: uint8 [bytes] on the device.
+        offsets: input name -> bytes from its beginning.
+    """
+
+    storage: Tensor
+    offsets: Mapping[str, int]
+
+
+_ALIGNMENT = 256
+
+
+def pack(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, Any], device: Any
+) -> tuple[Packed, dict[str, Tensor]]:
+    """Memory for inputs, zeros, and the inputs as tensors over it."""
+    offsets, end = {}, 0
+    for name, shape in shapes.items():
+        offsets[name] = end
+        end += -(-math.prod(shape) * dtypes[name].itemsize // _ALIGNMENT) * _ALIGNMENT
+    storage = torch.zeros(max(1, end), dtype=torch.uint8, device=device)
+    tensors = {
+        name: storage[offsets[name] : offsets[name] + math.prod(shape) * dtypes[name].itemsize]
+        .view(dtypes[name])
+        .view(shape)
+        for name, shape in shapes.items()
+    }
+    return Packed(storage, offsets), tensors
+
+
+def record(compute: Compute, inputs: Mapping[str, Tensor], device: Any, packed: Packed | None = None) -> Recording:
     """Record the network.
 
     On a GPU this is a CUDA graph: warmed up first on a stream of its own (libraries choose their kernels and allocate
@@ -42,6 +79,7 @@ def record(compute: Compute, inputs: Mapping[str, Tensor], device: Any) -> Recor
         compute: the network.
         inputs: inputs of the shapes to record for; the recording takes these tensors as its own.
         device: where.
+        packed: the inputs' memory, if it is one piece.
     """
     if torch.device(device).type != "cuda":
         outputs = {name: tensor.clone() for name, tensor in compute(inputs).items()}
@@ -50,7 +88,7 @@ def record(compute: Compute, inputs: Mapping[str, Tensor], device: Any) -> Recor
             for name, tensor in compute(inputs).items():
                 outputs[name].copy_(tensor)
 
-        return Recording(inputs, outputs, again, _nbytes(inputs) + _nbytes(outputs))
+        return Recording(inputs, outputs, again, _nbytes(inputs) + _nbytes(outputs), packed)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -65,7 +103,7 @@ def record(compute: Compute, inputs: Mapping[str, Tensor], device: Any) -> Recor
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         recorded = dict(compute(inputs))
     taken = max(0, torch.cuda.memory_reserved(device) - before)
-    return Recording(inputs, recorded, graph.replay, taken + _nbytes(inputs))
+    return Recording(inputs, recorded, graph.replay, taken + _nbytes(inputs), packed)
 
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:
@@ -96,7 +134,7 @@ class Recordings:
     def get(self, key: Hashable) -> Recording | None:
         """The recording of a key, now the most recently used."""
         found = self._held.get(key)
-        if found is not None:
+        if found is not None and len(self._held) > 1:
             self._held.move_to_end(key)
         return found
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from onnx_refit.engine.cuda.backend import CudaBackend, Source
+from onnx_refit.engine.cuda.backend import CudaBackend
+from onnx_refit.engine.cuda.filling import Source
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import FullSpeed, Inspector, WeightSet
 from onnx_refit.engine.single_tier import SingleTier

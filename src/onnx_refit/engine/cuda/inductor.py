@@ -44,6 +44,7 @@ class InductorNetwork:
         self.device, self.real = lowered.device, lowered.real
         self.inputs, self.outputs = lowered.inputs, lowered.outputs
         self.graphable = True
+        self.together: tuple[tuple[str, ...], ...] = ()
         self.waits_at: list[str] = []
         self._compiled: OrderedDict[tuple[Any, ...], Callable[..., Any]] = OrderedDict()
 

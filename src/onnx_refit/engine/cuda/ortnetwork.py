@@ -47,6 +47,7 @@ class OrtNetwork:
 
     real = torch.float32
     graphable = False
+    together: tuple[tuple[str, ...], ...] = ()
     waits_at = ("ONNX Runtime, which is not recorded",)
 
     def __init__(self, compiled: CompiledModel, device: str, *, tf32: bool = False) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +11,20 @@ import torch
 from onnx_refit.engine.cuda.arena import Layout, LiveArena
 from onnx_refit.engine.cuda.buckets import Buckets, Fitted
 from onnx_refit.engine.cuda.choice import Network
-from onnx_refit.engine.cuda.graphs import Recording, Recordings, record
+from onnx_refit.engine.cuda.graphs import Recording, Recordings, pack, record
+from onnx_refit.engine.cuda.lowering import tuning
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.options import CudaOptions
+from onnx_refit.engine.cuda.streams import OwnStream
 from onnx_refit.engine.cuda.torchlib import exact_products
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
-from onnx_refit.tensors import TensorSpec
+from onnx_refit.tensors import Array, TensorSpec
 
 _RTOL, _ATOL = 1e-2, 1e-3
+_FITS = 4096  # shapes whose rounding is remembered
+_SMALL = 1 << 20  # bytes of an output that is copied out of pinned memory
 
 
 class Runner:
@@ -41,7 +44,11 @@ class Runner:
         self.recordings = Recordings(options.graph_memory, options.graph_after)
         self._unsafe: set[Any] = set()
         self._lock = threading.Lock()
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._own = OwnStream(self.device)
+        self.stream = self._own.stream
+        self._dtypes = {spec.name: torch_dtype(spec.dtype, spec.name) for spec in compiled.outputs}
+        self._current = 0  # the serial of the weight set that lies in the live arena
+        self._fits: dict[tuple[Any, ...], Fitted] = {}
         self.decisions: list[Decision] = []
         self._records = options.graphs and lowered.graphable
         if options.graphs and not lowered.graphable:
@@ -60,62 +67,127 @@ class Runner:
             Output name -> new tensor on the device, of the declared dtype, finished.
         """
         with self._lock, torch.no_grad():
-            self._wait_for_inputs(inputs)
-            with self._on_stream():
-                self.live.switch(weights.places)
-                results = self._enqueue(inputs, outputs)
-                done = self._event()
-        if done is not None:
-            done.synchronize()
+            if True in [tensor.is_cuda for tensor in inputs.values()]:
+                self._own.follow_current()
+            with self._own:
+                self._switch(weights)
+                recording, fitted = self._recording(inputs)
+                if recording is None:
+                    results = self._compute_alone(inputs, outputs)
+                else:
+                    self._replay(recording, inputs)
+                    results = {name: self._result(recording, name, fitted) for name in outputs}
+                done = self._own.mark()
+        self._own.wait(done)
         return results
 
-    def _wait_for_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        if self.stream is not None and any(tensor.is_cuda for tensor in inputs.values()):
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+    def run_arrays(
+        self, weights: CudaWeightSet, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> dict[str, Array]:
+        """The same from host to host: inputs travel in one copy, outputs as soon as they are computed."""
+        tensors = {spec.name: to_input(spec, inputs[spec.name]) for spec in self._compiled.inputs}
+        with self._lock, torch.no_grad(), self._own:
+            self._switch(weights)
+            recording, fitted = self._recording(tensors)
+            if recording is None:
+                results = self._compute_alone(tensors, outputs)
+            else:
+                if not self._send(recording, inputs, fitted):
+                    self._fill(recording, tensors)
+                recording.replay()
+                results = {name: self._result(recording, name, fitted, copy=False) for name in outputs}
+            hosted = {name: self._to_host(tensor) for name, tensor in results.items()}
+            done = self._own.mark()
+        self._own.wait(done)
+        # Small ones are copied out: pinned memory is scarce, and callers may keep what they got.
+        return {name: _own_array(tensor) for name, tensor in hosted.items()}
 
-    def _enqueue(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        fitted = self._buckets.fit(shapes)
-        if fitted.padded and fitted.key in self._unsafe:
-            fitted = self._buckets.fit(shapes, exact=True)
+    def _switch(self, weights: CudaWeightSet) -> None:
+        if weights.serial != self._current:
+            self.live.switch(weights.places)
+            self._current = weights.serial
+
+    def _recording(self, inputs: Mapping[str, Tensor]) -> tuple[Recording | None, Fitted]:
+        """The recording to replay for these inputs, made if it is worthwhile; None where they are computed alone."""
+        shapes = tuple([tensor.shape for tensor in inputs.values()])
+        fitted = self._fits.get(shapes)
+        if fitted is None:
+            fitted = self._fits[shapes] = self._fit(inputs)
+            if len(self._fits) > _FITS:
+                self._fits.pop(next(iter(self._fits)))
         recording = self.recordings.get(fitted.key)
         if recording is None and self._records and self.recordings.worthwhile(fitted.key):
             recording = self._record(fitted)
             if fitted.padded and not self._padding_is_harmless(recording, fitted, inputs):
                 self._unsafe.add(fitted.key)
+                self._fits.clear()
                 self._note_unsafe(fitted)
-                return self._compute_alone(inputs, outputs)
+                return None, fitted
             self.recordings.put(fitted.key, recording)
-        if recording is None:
-            return self._compute_alone(inputs, outputs)
-        self._replay(recording, inputs)
-        return {
-            name: self._declared(name, recording.outputs[name][self._buckets.crop(name, fitted)], copy=True)
-            for name in outputs
-        }
+        return recording, fitted
+
+    def _fit(self, inputs: Mapping[str, Tensor]) -> Fitted:
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        fitted = self._buckets.fit(shapes)
+        if fitted.padded and fitted.key in self._unsafe:
+            return self._buckets.fit(shapes, exact=True)
+        return fitted
+
+    def _send(self, recording: Recording, inputs: Mapping[str, Array], fitted: Fitted) -> bool:
+        """Copy host inputs in one piece; False where they must be converted or padded."""
+        packed = recording.packed
+        if packed is None or fitted.padded or self.stream is None or self._lowered.real is not torch.float32:
+            return False
+        host = torch.empty(packed.storage.shape, dtype=torch.uint8, pin_memory=True)
+        memory = host.numpy()
+        for name, offset in packed.offsets.items():
+            array = inputs[name]
+            memory[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+        packed.storage.copy_(host, non_blocking=True)
+        return True
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _result(self, recording: Recording, name: str, fitted: Fitted, *, copy: bool = True) -> Tensor:
+        tensor = recording.outputs[name]
+        if fitted.padded:
+            tensor = tensor[self._buckets.crop(name, fitted)]
+        return self._declared(name, tensor, copy=copy)
 
     def _record(self, fitted: Fitted) -> Recording:
-        static = {
-            spec.name: torch.zeros(fitted.shapes[spec.name], dtype=self._input_dtype(spec), device=self.device)
-            for spec in self._compiled.inputs
-        }
+        dtypes = {spec.name: self._input_dtype(spec) for spec in self._compiled.inputs}
+        shapes = {spec.name: fitted.shapes[spec.name] for spec in self._compiled.inputs}
+        packed, static = pack(shapes, dtypes, self.device)
         moved: dict[str, Tensor] = {}
 
         def compute(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             outputs: Mapping[str, Tensor] = self._lowered.run({**given, **self.live.views}, moved)
             return outputs
 
-        with exact_products(torch, self._options.precision, tune=True):
-            return record(compute, static, self.device)
+        with exact_products(torch, self._options.precision, tune=True), tuning.allowed():
+            return record(compute, static, self.device, packed)
 
     def _replay(self, recording: Recording, inputs: Mapping[str, Tensor]) -> None:
+        self._fill(recording, inputs)
+        recording.replay()
+
+    def _fill(self, recording: Recording, inputs: Mapping[str, Tensor]) -> None:
+        targets, given = [], []
         for name, tensor in inputs.items():
             target = recording.inputs[name]
             if target.shape != tensor.shape:
                 target.zero_()
                 target = target[tuple(slice(size) for size in tensor.shape)]
-            target.copy_(tensor, non_blocking=True)
-        recording.replay()
+            targets.append(target)
+            given.append(tensor)
+        if len(targets) == 1:
+            targets[0].copy_(given[0], non_blocking=True)
+        elif targets:
+            torch._foreach_copy_(targets, given, non_blocking=True)
 
     def _padding_is_harmless(self, recording: Recording, fitted: Fitted, inputs: Mapping[str, Tensor]) -> bool:
         """Whether a padded run gives what a run of the very shapes gives, on this request's inputs."""
@@ -123,7 +195,7 @@ class Runner:
         names = [spec.name for spec in self._compiled.outputs]
         wanted = self._compute_alone(inputs, names)
         for name in names:
-            got = self._declared(name, recording.outputs[name][self._buckets.crop(name, fitted)], copy=True)
+            got = self._result(recording, name, fitted)
             if got.shape != wanted[name].shape:
                 return False
             if not torch.allclose(got.double(), wanted[name].double(), rtol=_RTOL, atol=_ATOL, equal_nan=True):
@@ -148,28 +220,17 @@ class Runner:
         return self._lowered.real if dtype is torch.float32 else dtype
 
     def _declared(self, name: str, tensor: Tensor, *, copy: bool) -> Tensor:
-        spec = next(spec for spec in self._compiled.outputs if spec.name == name)
-        return tensor.to(torch_dtype(spec.dtype, name), copy=copy)
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-            return
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            yield
-
-    def _event(self) -> Any:
-        if self.stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        return event
+        return tensor.to(self._dtypes[name], copy=copy)
 
     def close(self) -> None:
         """Drop all recordings once the requests in flight have been enqueued."""
         with self._lock:
             self.recordings.clear()
+
+
+def _own_array(tensor: Tensor) -> Array:
+    array: Array = tensor.numpy()
+    return array.copy() if array.nbytes <= _SMALL else array
 
 
 def to_input(spec: TensorSpec, value: Any) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,27 @@ def from_dlpack(source: object, spec: TensorSpec) -> Tensor:
     if tuple(tensor.shape) != spec.static_shape or tensor.dtype is not torch_dtype(spec.dtype, spec.name):
         raise EngineError(f"it is {tensor.dtype} {list(tensor.shape)}, the engine takes {spec}", where=spec.name)
     return tensor.detach()
+
+
+_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+_SPLIT = 4 << 20  # bytes from which a copy is worth several threads
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="onnx-refit-upload")
+
+
+def _copy(target: Array, part: Array) -> None:
+    """Copy bytes within the host, by several threads where there are many: one cannot keep up with the bus."""
+    if len(part) < _SPLIT or _THREADS == 1:
+        np.copyto(target, part)
+        return
+    step = -(-len(part) // _THREADS)
+    begins = range(0, len(part), step)
+    jobs = [_pool().submit(np.copyto, target[b : b + step], part[b : b + step]) for b in begins]
+    for job in jobs:
+        job.result()
 
 
 class Uploader:
@@ -87,7 +111,7 @@ class Uploader:
                     break  # a gap that is not worth sending
                 room = begin + self._chunk - offset
                 part = data[:room]
-                np.copyto(buffer.numpy()[offset - begin : offset - begin + len(part)], part)
+                _copy(buffer.numpy()[offset - begin : offset - begin + len(part)], part)
                 end = offset + len(part)
                 pending.pop(0)
                 if len(part) < len(data):
@@ -107,7 +131,7 @@ class Uploader:
         for begin in range(0, array.nbytes, self._chunk):
             part = data[begin : begin + self._chunk]
             buffer, turn = self._buffer()
-            np.copyto(buffer.numpy()[: len(part)], part)
+            _copy(buffer.numpy()[: len(part)], part)
             flat[begin : begin + len(part)].copy_(buffer[: len(part)], non_blocking=self._pinned)
             if self._events[turn] is not None:
                 self._events[turn].record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from onnx_refit.engine.cuda.arena import Arena
@@ -9,22 +10,29 @@ from onnx_refit.engine.cuda.lowering.operators import Tensor
 from onnx_refit.engine.protocol import FullSpeed
 from onnx_refit.engine.single_tier import SingleTier
 
+_serials = itertools.count(1)
+
 
 class CudaWeightSet:
     """One complete, immutable set of engine weights in device memory.
 
     A set that replaces everything has an arena of its own; one that replaces a part has a small arena and shares the
     rest with the set it was derived from.
+
+    Attributes:
+        serial: a number that no other set of the process has.
+        places: engine weight name -> the arena that holds it.
     """
 
     def __init__(self, places: Mapping[str, Arena], shared_nbytes: int) -> None:
+        self.serial = next(_serials)
         self.places = places
         self._shared = shared_nbytes
         self._full_speed = SingleTier()
 
     def view(self, name: str) -> Tensor:
         """An engine weight on the device."""
-        return self.places[name].views[name]
+        return self.places[name].view(name)
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,8 @@ def _positive(index: Tensor, extent: int) -> Tensor:
 def gather(node: Node, x: Tensor, index: Tensor) -> Tensor:
     """Rows along an axis, in the shape of the indices."""
     axis = node.get("axis", 0) % x.dim()
+    if axis == 0 and x.is_cuda and index.dim():
+        return x[index.to(torch.int64)]  # one kernel, which counts negative indices from the end itself
     picked = torch.index_select(x, axis, _positive(index, x.shape[axis]).reshape(-1))
     return picked.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
@@ -94,14 +96,10 @@ def non_zero(node: Node, x: Tensor) -> Tensor:
 def arg_extreme(node: Node, x: Tensor) -> Tensor:
     """The first (or last) index of the largest or smallest element."""
     axis, keep = node.get("axis", 0) % x.dim(), bool(node.get("keepdims", 1))
-    best = x.amax(axis, keepdim=True) if node.op_type == "ArgMax" else x.amin(axis, keepdim=True)
-    # PyTorch promises no order among equals; ONNX wants the first.
-    places = torch.arange(x.shape[axis], device=x.device).reshape([-1 if a == axis else 1 for a in range(x.dim())])
-    hit = (x == best) | (torch.isnan(x) if x.is_floating_point() else False)
+    extreme = torch.argmax if node.op_type == "ArgMax" else torch.argmin
     if node.get("select_last_index", 0):
-        return torch.where(hit, places, torch.full_like(places, -1)).amax(axis, keepdim=keep)
-    beyond = torch.full_like(places, x.shape[axis])
-    return torch.where(hit, places, beyond).amin(axis, keepdim=keep).clamp(max=x.shape[axis] - 1)
+        return x.shape[axis] - 1 - extreme(x.flip(axis), axis, keepdim=keep)
+    return extreme(x, axis, keepdim=keep)  # PyTorch promises the first among equals
 
 
 @operator("TopK", host=(1,))

@@ -11,8 +11,9 @@ import onnx
 import torch
 from onnx import GraphProto, ModelProto
 
-from onnx_refit.engine.cuda.lowering import elementwise, indexing, linear, recurrent, reducing, shaping
-from onnx_refit.engine.cuda.lowering.operators import OPERATORS, Node, Operator, Tensor, attributes_of, torch_dtype
+from onnx_refit.engine.cuda.lowering import elementwise, indexing, linear, passes, recurrent, reducing, shaping
+from onnx_refit.engine.cuda.lowering.drafts import Draft, drafts_of
+from onnx_refit.engine.cuda.lowering.operators import OPERATORS, Node, Operator, Tensor, torch_dtype
 from onnx_refit.errors import EngineError, UnsupportedModelError
 from onnx_refit.model.graph import opset
 from onnx_refit.tensors import onnx_dtype_name
@@ -44,12 +45,24 @@ class Lowered:
         device: where it runs, ``"cuda:0"`` or ``"cpu"``.
         real: the dtype that stands for float32.
         recurrent: how LSTM and GRU run, see ``recurrent.choose``.
+        weights: engine weight name -> shape, to put operators together (see ``passes``); None leaves them alone.
+
+    Attributes:
+        together: weights that are read as one matrix where they lie side by side.
 
     Raises:
         UnsupportedModelError: it holds an operator without a lowering, named with its node.
     """
 
-    def __init__(self, model: ModelProto, device: str, real: Any = torch.float32, *, recurrent: str = "auto") -> None:
+    def __init__(
+        self,
+        model: ModelProto,
+        device: str,
+        real: Any = torch.float32,
+        *,
+        recurrent: str = "auto",
+        weights: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         graph = model.graph
         self.device = torch.device(device)
         self.real = real
@@ -59,44 +72,50 @@ class Lowered:
         self._on_device: dict[str, Tensor] = {}
         self._hosted = set(self._constants)
         self.waits_at: list[str] = []
-        self._steps = self._lower(model, graph, recurrent)
+        self.together: tuple[tuple[str, ...], ...] = ()
+        drafts = self._supported(graph)
+        if weights is not None:
+            improved = passes.improve(drafts, self.outputs, weights, self._constants)
+            drafts, self.together = improved.drafts, improved.together
+        self._steps = self._lower(drafts, opset(model) or 1, recurrent)
 
     @property
     def graphable(self) -> bool:
         """Whether it runs without waiting for the device, so that a CUDA graph can record it."""
         return not self.waits_at
 
-    def _lower(self, model: ModelProto, graph: GraphProto, recurrent: str) -> list[_Step]:
+    def _supported(self, graph: GraphProto) -> list[Draft]:
         missing = [
             f"{node.name or node.output[0]} ({node.domain + '.' if node.domain else ''}{node.op_type})"
             for node in graph.node
-            if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS
+            if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS or node.op_type.startswith("_")
         ]
         if missing:
             raise UnsupportedModelError(
                 f"the engine 'cuda' has no lowering for {len(missing)} nodes: {', '.join(missing[:5])}",
                 hint="Use engine='onnxruntime'",
             )
-        version = opset(model) or 1
-        last = {name: index for index, node in enumerate(graph.node) for name in node.input}
+        return drafts_of(graph)
+
+    def _lower(self, drafts: Sequence[Draft], version: int, recurrent: str) -> list[_Step]:
+        last = {name: index for index, draft in enumerate(drafts) for name in draft.inputs}
         steps = []
-        for index, proto in enumerate(graph.node):
-            found = OPERATORS[proto.op_type]
-            data = [name for place, name in enumerate(proto.input) if name and place not in found.host]
+        for index, draft in enumerate(drafts):
+            found = OPERATORS[draft.op_type]
+            data = [name for place, name in enumerate(draft.inputs) if name and place not in found.host]
             on_host = found.makes_host or all(name in self._hosted for name in data)
             if on_host:
-                self._hosted.update(proto.output)
-            reads = [proto.input[place] for place in found.host if place < len(proto.input) and proto.input[place]]
-            title = proto.name or proto.output[0]
+                self._hosted.update(draft.outputs)
+            reads = [draft.inputs[place] for place in found.host if place < len(draft.inputs) and draft.inputs[place]]
             asks = any(name not in self._hosted for name in reads)
-            if asks or (proto.op_type == "NonZero" and not on_host):
-                self.waits_at.append(f"{title} ({proto.op_type})")
-            wanted = max((place + 1 for place, name in enumerate(proto.output) if name), default=0)
+            if asks or (draft.op_type == "NonZero" and not on_host):
+                self.waits_at.append(f"{draft.name} ({draft.op_type})")
+            wanted = max((place + 1 for place, name in enumerate(draft.outputs) if name), default=0)
             real = torch.float32 if on_host else self.real
-            node = Node(proto.op_type, title, version, wanted, attributes_of(proto), real, recurrent)
-            gone = {name for name in proto.input if name and last[name] == index and name not in self.outputs}
-            outputs = tuple(proto.output[:wanted])
-            steps.append(_Step(node, found, tuple(proto.input), outputs, on_host, tuple(gone)))
+            node = Node(draft.op_type, draft.name, version, wanted, draft.attributes, real, recurrent)
+            gone = {name for name in draft.inputs if name and last[name] == index and name not in self.outputs}
+            outputs = draft.outputs[:wanted]
+            steps.append(_Step(node, found, draft.inputs, outputs, on_host, tuple(gone)))
         return steps
 
     def run(self, values: Mapping[str, Tensor], moved: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -174,4 +193,4 @@ def _constant(tensor: onnx.TensorProto) -> Tensor:
 
 def supported_operators() -> Sequence[str]:
     """The operators of the standard domain that this engine runs itself."""
-    return sorted(OPERATORS)
+    return sorted(name for name in OPERATORS if not name.startswith("_"))

@@ -193,6 +193,7 @@ def biases(form: Form, direction: int) -> tuple[Tensor, Tensor]:
 
 
 # ONNX orders the gates i o f c (LSTM) and z r h (GRU); PyTorch i f c o and r z h.
+_LIBRARY_MODE = {"RNN": 1, "LSTM": 2, "GRU": 3}  # cuDNN's numbers
 _LIBRARY_ORDER = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
@@ -209,6 +210,10 @@ def run_library(form: Form) -> tuple[Tensor, Tensor, Tensor | None]:
         tensors = (form.w[direction], form.r[direction], wb, rb)
         weights.extend(_reorder(form.kind, tensor).contiguous() for tensor in tensors)
     shape = (len(form.reversed), form.x.shape[1], form.hidden)
+    if form.x.is_cuda:
+        # cuDNN reads one piece of memory: laid out here, or PyTorch does it at every call and warns.
+        sizes = form.x.shape[2], _LIBRARY_MODE[form.kind], form.hidden, 0, 1
+        torch._cudnn_rnn_flatten_weight(weights, 4, *sizes, False, len(form.reversed) == 2)
     zero = torch.zeros(shape, dtype=form.x.dtype, device=form.x.device)
     h = zero if form.h is None else form.h
     both = len(form.reversed) == 2
