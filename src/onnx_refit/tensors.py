@@ -73,6 +73,11 @@ def onnx_dtype(name: str) -> int:
     return _BY_NAME[name][0]
 
 
+def is_extension(dtype: np.dtype[np.generic]) -> bool:
+    """Whether NumPy has the dtype from ml_dtypes only (not all of those are of kind "V": float8e5m2 is of kind "f")."""
+    return dtype.isbuiltin == 2
+
+
 def is_floating(name: str) -> bool:
     """Whether the dtype holds real numbers in a floating-point format."""
     return name.startswith(("float", "bfloat"))

@@ -28,7 +28,7 @@ from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.errors import InputError
 from onnx_refit.files import atomic_write
 from onnx_refit.plan.plan import Plan
-from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from onnx_refit.tensors import Array, TensorSpec, is_extension, numpy_dtype
 
 
 def read_inputs(path: Path) -> dict[str, Array]:
@@ -51,7 +51,7 @@ def write_outputs(path: Path, outputs: dict[str, Array]) -> None:
         for name, value in outputs.items():
             if value.dtype.kind == "O":
                 value = value.astype(np.str_)
-            elif value.dtype.kind == "V":  # npz knows neither bfloat16 nor float8; float32 holds both
+            elif is_extension(value.dtype):  # npz knows neither bfloat16 nor float8; float32 holds both
                 value = value.astype(np.float32)
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.asarray(value), allow_pickle=False)

@@ -21,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as capi
 
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.evaluate import PACKED, ort_value, unpack
-from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype, onnx_dtype
+from onnx_refit.tensors import Array, TensorSpec, dtype_name, is_extension, numpy_dtype, onnx_dtype
 
 PROVIDERS = ["CPUExecutionProvider"]
 NCHWC_DOMAIN = "com.microsoft.nchwc"
@@ -148,7 +148,7 @@ class Binding:
         io = self._io
         owners = []
         for name, array in inputs:
-            if array.dtype.kind == "V":  # bfloat16, float8, int4
+            if is_extension(array.dtype):
                 value, owner = owned(array)
                 owners.append(owner)
                 io.bind_ortvalue_input(name, value)

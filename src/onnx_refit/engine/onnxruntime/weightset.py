@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnx_refit.engine.onnxruntime.buffers import Buffer
 from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_outputs, run_plain
 from onnx_refit.errors import EngineError
-from onnx_refit.tensors import Array
+from onnx_refit.tensors import Array, is_extension
 
 _FEW = 24  # weights; fewer are fed anew with each request, more are bound once
 
@@ -63,14 +63,14 @@ class Runner:
         self._outputs = tuple(outputs)
         self._plain = (
             len(weights) <= _FEW
-            and all(array.dtype.kind != "V" for array in self._arrays.values())
+            and not any(is_extension(array.dtype) for array in self._arrays.values())
             and has_plain_outputs(session)
         )
         self._idle: list[Binding] = []
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; EngineError where ONNX Runtime fails."""
-        if self._plain and all(array.dtype.kind != "V" for array in inputs.values()):
+        if self._plain and not any(is_extension(array.dtype) for array in inputs.values()):
             return run_plain(self.session, self._outputs, {**self._arrays, **inputs})
         try:
             binding = self._idle.pop()

@@ -15,7 +15,7 @@ from onnx_refit.engine.onnxruntime.packer import Mould, Packer
 from onnx_refit.engine.onnxruntime.packing import packing
 from onnx_refit.engine.protocol import Look
 from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, leading, mapped
-from onnx_refit.tensors import Array
+from onnx_refit.tensors import Array, is_extension
 
 WIDE = "wide:"  # the name space of sources cast to float32
 SPLIT = 1 << 18  # elements; larger work is cut, so that threads share it and what one looks at is still in its cache
@@ -76,7 +76,7 @@ class Writer:
                     piece.dims,
                     operand.walk.offset * dtypes[operand.name].itemsize,
                     tuple(stride * dtypes[operand.name].itemsize for stride in operand.walk.strides),
-                    dtypes[operand.name].kind != "V",
+                    not is_extension(dtypes[operand.name]),
                 )
                 for operand in piece.operands
             )
