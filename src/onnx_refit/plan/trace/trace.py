@@ -18,6 +18,7 @@ from onnx_refit.plan.trace.codes import FOREIGN, MULTIPLIERS, Code, RandomValues
 from onnx_refit.plan.trace.exchange import Optimise, Optimised, run, with_initializers
 from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, whole
 from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
+from onnx_refit.plan.trace.unseen import unseen
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, spec_of, value_info_of
 
 _ENOUGH = 64  # elements of random values that tell any two weights apart, 8-bit ones too
@@ -68,7 +69,10 @@ class Tracer:
         self._original = model
         self._all = tuple(weights)
         self._optimise = optimise
-        self._weights = tuple(spec for spec in weights if Code.supports(spec.dtype) and spec.size)
+        self._unseen = unseen(model, (spec.name for spec in weights))
+        self._weights = tuple(
+            spec for spec in weights if Code.supports(spec.dtype) and spec.size and spec.name not in self._unseen
+        )
         self._left = tuple(spec for spec in weights if spec not in self._weights)
         self._model = with_initializers(model, self._weights)
         by_dtype: dict[str, list[TensorSpec]] = {}
@@ -106,7 +110,15 @@ class Tracer:
             candidates: groups of names of the optimiser's parts, the likeliest culprits first. Where something stays
                 unexplained, groups are left out until everything is explained, and then let in again name by name.
         """
-        decisions: list[Decision] = []
+        decisions = [
+            Decision(
+                name,
+                "let the optimiser see it",
+                Verdict.REJECTED,
+                f"{operator} reads only weights, and how much it gives depends on their values",
+            )
+            for name, operator in self._unseen.items()
+        ]
         with tempfile.TemporaryDirectory(prefix="onnx-refit-") as folder:
             place = Path(folder)
             attempt = self._attempt((), place)
@@ -116,10 +128,11 @@ class Tracer:
                 if found is None:
                     reason = f"{what} depend on the values of weights in a way that no recipe gives"
                     decision = Decision("the whole graph", "optimise", Verdict.REJECTED, reason)
-                    return Traced(self._original, {s.name: whole(s, s.name) for s in self._all}, (decision,))
+                    recipes = {spec.name: whole(spec, spec.name) for spec in self._all}
+                    return Traced(self._original, recipes, (*decisions, decision))
                 culprits, attempt = found
                 reason = f"with it, {what} would depend on the values of weights in a way that no recipe gives"
-                decisions = [Decision(name, "run this optimisation", Verdict.REJECTED, reason) for name in culprits]
+                decisions += [Decision(name, "run this optimisation", Verdict.REJECTED, reason) for name in culprits]
             return self._finish(attempt, tuple(decisions))
 
     def _without_culprits(
