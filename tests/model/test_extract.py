@@ -4,6 +4,8 @@ from onnx import TensorProto, helper
 
 from onnx_refit.model.extract import ExtractVocabularies
 from onnx_refit.model.graph import all_graphs
+from onnx_refit.model.prepare import prepare
+from onnx_refit.model.verify import verify_equivalent
 from tests.model.builders import apply, graph, model, node, operators, strings
 
 ML = "ai.onnx.ml"
@@ -46,6 +48,16 @@ def test_category_mapper_from_integers():
     assert (first.key_dtype, first.value_dtype, first.default) == ("int64", "string", "what?")
     assert second.key_dtype == "string"
     assert operators(result.model) == ["Identity"]
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_model_of_one_mapper_that_imports_only_its_domain(imported):
+    original = model([mapper()], {"x": ("string", [2])}, {"y": ("int64", [2])}, ml=1)
+    if not imported:
+        del original.opset_import[0]
+    prepared = prepare(original)
+    assert operators(prepared.model) == ["Identity"]
+    verify_equivalent(original, prepared, {"x": strings("a", "?")})
 
 
 def test_category_mapper_defaults_are_those_of_the_operator():

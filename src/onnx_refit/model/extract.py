@@ -27,6 +27,7 @@ _DEFAULTS: dict[str, tuple[str, Scalar]] = {
     "int64": ("default_int64", -1),
     "float32": ("default_float", -0.0),
 }
+_OPSET = 17  # of the default domain, where a model imports only others
 _UNSET: dict[str, Scalar] = {"string": "_Unused", "float32": -0.0, "float64": -0.0}
 
 
@@ -115,6 +116,8 @@ class _Extraction:
         drop_value_info(self.graph, (name,))
         if is_output:  # a graph input cannot be a graph output: a node stays between the two
             self.graph.node.insert(0, onnx.helper.make_node("Identity", [name], [target], name=f"{label(node)}_result"))
+            if opset(self.model) is None:  # a model of ai.onnx.ml alone
+                self.model.opset_import.add(domain="", version=_OPSET)
         place = [value.name for value in self.graph.input].index(source.name)
         place += sum(one.input == source.name for one in self.before)  # behind the outputs of its other maps
         kept = source.name in consumers(self.graph) or source.name in {value.name for value in self.graph.output}
