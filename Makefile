@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out
 
-.PHONY: help demo test test-all test-serve lint format types check-imports bench lock clean
+.PHONY: help demo test test-all test-serve test-ray lint format types check-imports bench lock clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,7 +44,17 @@ $(VENV)-serve/.installed: pyproject.toml constraints/serve.txt
 test-serve: $(VENV)-serve/.installed  ## Run the server's tests, with the clients of others and a browser if there is one
 	$(VENV)-serve/bin/python -m pytest tests/serve -m "serve or not serve"
 
-test-all: test-serve $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
+# So do those of the deployment across machines: see constraints/ray.in.
+$(VENV)-ray/.installed: pyproject.toml constraints/ray.txt
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/ray.txt
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-ray: $(VENV)-ray/.installed  ## Run the tests of a Ray cluster of several nodes, on this machine
+	$(VENV)-ray/bin/python -m pytest tests/serve/ray -m ray
+
+test-all: test-serve test-ray $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.installed-lint  ## Lint, check the format, the types and the direction of imports
@@ -64,4 +74,4 @@ lock:  ## Pin the newest versions of all dependencies, with hashes (needs uv)
 	sh constraints/lock.sh
 
 clean:  ## Remove the environment and what was built
-	rm -rf $(VENV) $(VENV)-serve $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-serve $(VENV)-ray $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,5 +11,7 @@ compile() {
     --no-annotate --no-header --no-emit-package onnx-refit constraints/base.in -o constraints/base.txt)
 (cd .. && uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-annotate --no-header --no-emit-package onnx-refit constraints/serve.in -o constraints/serve.txt)
+(cd .. && uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-annotate --no-header --no-emit-package onnx-refit constraints/ray.in -o constraints/ray.txt)
 compile lint.in -o lint.txt
 compile all.in -o all.txt --no-emit-package torch

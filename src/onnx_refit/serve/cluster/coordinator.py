@@ -139,6 +139,10 @@ class Coordinator:
         if self._shipped is not None and time.monotonic() > self._shipped.used + _LINGER_SECONDS:
             self._shipped = None
 
+    async def stop(self) -> None:
+        """Finish what is under way; nothing more is begun."""
+        await self._lock.acquire()
+
     # ------------------------------------------------------------------ the verbs
 
     async def refit(self, order: RefitOrder) -> ClusterReport:

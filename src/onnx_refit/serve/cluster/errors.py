@@ -10,6 +10,7 @@ from onnx_refit.errors import (
     EngineError,
     InputError,
     OnnxRefitError,
+    PlanMismatchError,
     RefitError,
     RefitRejectedError,
     StoreError,
@@ -40,6 +41,7 @@ class RefusalKind(Enum):
     VERSION = "version"
     WEIGHTS = "weights"
     STORE = "store"
+    PLAN = "plan"
     INPUT = "input"
     ENGINE = "engine"
     STALE = "stale"
@@ -55,6 +57,7 @@ _KINDS: tuple[tuple[type[OnnxRefitError], RefusalKind], ...] = (
     (RefitError, RefusalKind.REFIT),
     (WeightsError, RefusalKind.WEIGHTS),
     (StoreError, RefusalKind.STORE),
+    (PlanMismatchError, RefusalKind.PLAN),
     (InputError, RefusalKind.INPUT),
     (EngineError, RefusalKind.ENGINE),
     (StaleReplicaError, RefusalKind.STALE),

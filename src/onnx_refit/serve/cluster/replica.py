@@ -153,7 +153,7 @@ class Replica:
             StaleReplicaError: it is still behind.
         """
         if self._target.epoch < fence:
-            self._wait_for(fence, patience)
+            self.wait_for(fence, patience)
         results = self.engine.run(inputs, outputs, version=version)
         answers = Answers(results)
         answers.version = results.version
@@ -161,7 +161,8 @@ class Replica:
         answers.epoch = self._epochs[results.version]
         return answers
 
-    def _wait_for(self, fence: int, patience: float) -> None:
+    def wait_for(self, fence: int, patience: float) -> None:
+        """Wait until what answers is not older than an epoch; StaleReplicaError if that takes longer (seconds)."""
         with self._moved:
             if not self._moved.wait_for(lambda: self._target.epoch >= fence, patience):
                 raise StaleReplicaError(

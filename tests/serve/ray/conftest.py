@@ -1,0 +1,62 @@
+"""A real Ray cluster of four nodes, each with processes and an object store of its own, on this machine."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+import onnx_refit
+from tests.serve.models import affine
+from tests.serve.ray import failpoints
+
+ROOT = Path(__file__).resolve().parents[3]
+NODES = 4
+STORE_BYTES = 80 << 20
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    pytest.importorskip("ray")
+    points = tmp_path_factory.mktemp("failpoints")
+    changes = {
+        failpoints.VARIABLE: str(points),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    import ray
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    # CPUs are what Ray counts with, not what the machine has.
+    options = {"num_cpus": 8, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+    for _ in range(NODES - 1):
+        cluster.add_node(**options)
+    ray.init(address=cluster.address, log_to_driver=False)
+    serve.start(proxy_location="Disabled")
+    yield cluster
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def affine_plan():
+    return onnx_refit.build(affine(1.0))
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.05)
