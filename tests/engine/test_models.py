@@ -23,12 +23,12 @@ CASES = sorted(ZOO)
 class Live:
     """A model of the zoo, compiled and specialised."""
 
-    def __init__(self, name: str, *, optimise: bool = True, threads: int = 1) -> None:
+    def __init__(self, name: str, *, optimise: bool = True, threads: int = 1, in_place: bool = True) -> None:
         self.model, self.inputs = ZOO[name]()
         compilation = compile_model(self.model)
         self.weights = dict(compilation.weights)
         self.halves = any(array.dtype == np.float16 for array in self.weights.values())
-        options = OnnxRuntimeOptions(threads=threads, optimise=optimise)
+        options = OnnxRuntimeOptions(threads=threads, optimise=optimise, in_place=in_place)
         self.backend: OnnxRuntimeBackend = create(compilation.compiled, self.weights, options)
 
     def other(self, seed: int) -> dict[str, Array]:

@@ -22,7 +22,7 @@ def test_models_without_packing_kernels_are_at_full_speed_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "convolutions"])
 def test_the_second_tier_answers_like_the_first(name: str) -> None:
-    live = Live(name)
+    live = Live(name, in_place=False)
     made = live.backend.derive(live.weights)
     first = made.runner
     live.check(made, live.weights)
@@ -34,7 +34,7 @@ def test_the_second_tier_answers_like_the_first(name: str) -> None:
 
 
 def test_a_set_that_changes_nothing_takes_over_the_session() -> None:
-    live = Live("lstm")
+    live = Live("lstm", in_place=False)
     base = live.backend.derive(live.weights)
     assert base.full_speed.wait(60)
     made = live.backend.derive({}, base, frozenset())
@@ -50,7 +50,7 @@ def test_a_set_that_changes_nothing_takes_over_the_session() -> None:
 
 
 def test_sets_that_die_waiting_are_forgotten_and_the_last_one_gets_there() -> None:
-    live = Live("lstm")
+    live = Live("lstm", in_place=False)
     made = live.backend.derive(live.weights)
     for seed in range(30):
         made = live.backend.derive(live.other(seed), made)
@@ -61,7 +61,7 @@ def test_sets_that_die_waiting_are_forgotten_and_the_last_one_gets_there() -> No
 
 def test_closing_ends_the_threads_and_wakes_who_waits() -> None:
     before = threading.active_count()
-    live = Live("lstm", threads=2)
+    live = Live("lstm", in_place=False, threads=2)
     sets = [live.backend.derive(live.other(seed)) for seed in range(10)]
     live.backend.close()
     assert all(isinstance(made.full_speed.wait(10), bool) for made in sets)
@@ -73,7 +73,7 @@ def test_closing_ends_the_threads_and_wakes_who_waits() -> None:
 
 
 def test_requests_in_flight_see_one_version_across_the_switch() -> None:
-    live = Live("lstm", threads=1)
+    live = Live("lstm", in_place=False, threads=1)
     wanted = live.wanted(live.weights)[0]
     made = live.backend.derive(live.weights)
     results = [live.backend.run(made, live.inputs)["y"] for _ in range(200)]
@@ -83,7 +83,7 @@ def test_requests_in_flight_see_one_version_across_the_switch() -> None:
 
 
 def test_a_second_tier_that_fails_for_one_set_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    live = Live("lstm")
+    live = Live("lstm", in_place=False)
     assert live.backend.derive(live.weights).full_speed.wait(60)
 
     def fail(_: object) -> None:
@@ -101,7 +101,7 @@ def test_a_second_tier_that_fails_for_one_set_is_there_for_the_next(monkeypatch:
 
 
 def test_the_session_of_a_dead_set_is_taken_apart_in_the_background() -> None:
-    live = Live("lstm")
+    live = Live("lstm", in_place=False)
     made = live.backend.derive(live.weights)
     assert made.full_speed.wait(60)
     session = weakref.ref(made.runner.session)

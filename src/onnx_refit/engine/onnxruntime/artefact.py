@@ -20,23 +20,24 @@ import onnxruntime as ort
 
 from onnx_refit._version import __version__
 from onnx_refit.engine.onnxruntime.blocked import block_size
+from onnx_refit.engine.onnxruntime.packed import Block, Packed
 from onnx_refit.engine.onnxruntime.specialise import Specialised
 from onnx_refit.model.graph import has_external_tensors
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk
 from onnx_refit.tensors import Array, TensorSpec
 
-_FORMAT = 3
+_FORMAT = 4
 
 
-def host_key(compiled: CompiledModel, *, optimise: bool) -> str:
+def host_key(compiled: CompiledModel, *, optimise: bool, in_place: bool = True) -> str:
     """What a specialisation depends on: the compiled model, this package, ONNX Runtime and the processor."""
     digest = hashlib.sha256()
     digest.update(compiled.activation.SerializeToString(deterministic=True))
     if compiled.program.model is not None:
         digest.update(compiled.program.model.SerializeToString(deterministic=True))
     digest.update(json.dumps(sorted(compiled.program.passthrough.items())).encode())
-    parts = (_FORMAT, __version__, ort.__version__, block_size(), _processor(), optimise, digest.hexdigest())
+    parts = (_FORMAT, __version__, ort.__version__, block_size(), _processor(), optimise, in_place, digest.hexdigest())
     return "|".join(map(str, parts))
 
 
@@ -54,13 +55,20 @@ def _processor() -> str:
 def dump(specialised: Specialised, key: str) -> bytes:
     """The specialisation as bytes."""
     arrays: dict[str, Array] = {}
-    document = {
+    document: dict[str, Any] = {
         "key": key,
         "buffers": [_recipe_out(recipe, arrays) for recipe in specialised.buffers.values()],
         "staged": [[name, _recipe_out(recipe, arrays)] for name, recipe in specialised.staged.items()],
         "computed": [_spec_out(spec) for spec in specialised.computed.values()],
         "decisions": [[d.subject, d.action, d.verdict.value, d.reason] for d in specialised.decisions],
     }
+    if specialised.packed is not None:
+        packed = specialised.packed
+        document["packed"] = {
+            "specs": [_spec_out(spec) for spec in packed.specs],
+            "blocks": [[b.weight, b.key, _recipe_out(b.recipe, arrays)] for b in packed.blocks],
+            "adopted": [_spec_out(spec) for spec in packed.adopted],
+        }
     arrays["document"] = np.frombuffer(json.dumps(document).encode(), np.uint8)
     arrays["model"] = np.frombuffer(specialised.model.SerializeToString(), np.uint8)
     if specialised.second is not None:
@@ -82,6 +90,7 @@ def load(data: bytes, key: str) -> Specialised | None:
             second = None
             if "second" in archive:
                 second = _graph(archive["second"])
+            packed = _packed_in(document["packed"], archive) if "packed" in document else None
             buffers = [_recipe_in(entry, archive) for entry in document["buffers"]]
             staged = {name: _recipe_in(entry, archive) for name, entry in document["staged"]}
             computed = [_spec_in(entry) for entry in document["computed"]]
@@ -91,6 +100,7 @@ def load(data: bytes, key: str) -> Specialised | None:
     return Specialised(
         model,
         second,
+        packed,
         {recipe.spec.name: recipe for recipe in buffers},
         staged,
         {spec.name: spec for spec in computed},
@@ -114,6 +124,14 @@ def _graph(array: Array) -> onnx.ModelProto:
     if has_external_tensors(model):
         raise ValueError("external data")
     return model
+
+
+def _packed_in(entry: dict[str, Any], archive: Mapping[str, Array]) -> Packed:
+    return Packed(
+        tuple(_spec_in(spec) for spec in entry["specs"]),
+        tuple(Block(weight, key, _recipe_in(recipe, archive)) for weight, key, recipe in entry["blocks"]),
+        tuple(_spec_in(spec) for spec in entry["adopted"]),
+    )
 
 
 def _spec_out(spec: TensorSpec) -> list[Any]:

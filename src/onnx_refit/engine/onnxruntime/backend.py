@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import onnxruntime as ort
 
 from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
 from onnx_refit.engine.onnxruntime.derive import Deriver
 from onnx_refit.engine.onnxruntime.empty import EmptyProducts
+from onnx_refit.engine.onnxruntime.hosts import Host, HostPool, Lease, NoHostError, loose
 from onnx_refit.engine.onnxruntime.native import make_session, session_options, usable_cores
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.recover import Recoverer
@@ -18,7 +22,7 @@ from onnx_refit.engine.onnxruntime.tiers import SecondTier
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
 from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
-from onnx_refit.plan.compiled import CompiledModel, Decision
+from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
 
@@ -39,9 +43,17 @@ def create(
     Raises:
         EngineError: ONNX Runtime cannot run the model.
     """
-    key = host_key(compiled, optimise=options.optimise)
+    key = host_key(compiled, optimise=options.optimise, in_place=options.in_place)
     specialised = None if artefact is None else load(artefact, key)
-    return OnnxRuntimeBackend(compiled, specialised or specialise(compiled, options), options, key)
+    try:
+        return OnnxRuntimeBackend(compiled, specialised or specialise(compiled, options), options, key)
+    except NoHostError as error:  # no temporary folder, say
+        other = replace(options, in_place=False)
+        key = host_key(compiled, optimise=options.optimise, in_place=False)
+        specialised = specialise(compiled, other)
+        decision = Decision("weights that kernels pack", "write them packed, in place", Verdict.REJECTED, error.message)
+        specialised = replace(specialised, decisions=(*specialised.decisions, decision))
+        return OnnxRuntimeBackend(compiled, specialised, other, key)
 
 
 class OnnxRuntimeBackend:
@@ -54,20 +66,27 @@ class OnnxRuntimeBackend:
         self._specialised = specialised
         sources = {source.spec.name: source.spec for source in compiled.sources}
         self._specs = {name: recipe.spec for name, recipe in specialised.buffers.items()}
-        self._pool = BufferPool(self._specs.values())
+        self._hosts: HostPool | None = None
+        if specialised.packed is not None:
+            self._hosts = HostPool(specialised.model, specialised.packed, options.threads)
+        own: Mapping[str, TensorSpec] = {} if self._hosts is None else self._hosts.specs
+        self._pool = BufferPool(spec for name, spec in self._specs.items() if name not in own)
         dtypes = {name: numpy_dtype(spec.dtype) for name, spec in sources.items()}
         threads = options.threads or usable_cores()
         block = block_size()
         self._deriver = Deriver(specialised, compiled.program.model, dtypes, block, threads)
         self._recoverer = Recoverer(specialised, sources)
-        self._session = make_session(specialised.model, session_options(options.threads))
+        self._session: ort.InferenceSession | None = None
+        if self._hosts is None:
+            self._session = make_session(specialised.model, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)
         self._key = key
         self._closed = False
         self._second: SecondTier | None = None
         # Each session reads its own weights; what only the second tier reads is no input of the first one's session.
-        self._read = frozenset(value.name for value in specialised.model.graph.input) & self._specs.keys()
-        self._empty = EmptyProducts(specialised.model, self._read, self._outputs, block, options.threads)
+        weights = frozenset(value.name for value in specialised.model.graph.input) - {s.name for s in compiled.inputs}
+        self._read = weights & (self._specs.keys() - own.keys())
+        self._empty = EmptyProducts(specialised.model, weights, self._outputs, block, options.threads)
         self._deadly = deadly_extents(compiled.activation, compiled.inputs)
         if specialised.second is not None:
             self._second = SecondTier(specialised.second, self._specs, options.threads)
@@ -127,10 +146,14 @@ class OnnxRuntimeBackend:
             held = dict(_own(base).buffers)
             renew = self._deriver.affected(changed)
         self._pool.touch()
-        fresh = {name: self._pool.take(self._specs[name]) for name in self._specs if name in renew}
+        lease, hosted = self._lease(held, renew)
+        fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in self._specs if n in renew}
         self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()}, inspector)
-        shared = sum(buffer.spec.nbytes for name, buffer in held.items() if name not in fresh)
-        made = self._weight_set({**held, **fresh}, shared)
+        if lease is not None:
+            lease.settle(hosted.keys() & renew)
+        buffers = {**held, **hosted, **fresh}
+        shared = sum(buffer.spec.nbytes for name, buffer in held.items() if buffers[name] is buffer)
+        made = self._weight_set(buffers, shared)
         if self._second is not None:
             earlier = None if base is None else _own(base)
             if earlier is not None and earlier.full_speed.done() and not self._second.baked & fresh.keys():
@@ -139,8 +162,19 @@ class OnnxRuntimeBackend:
                 self._second.ask(made)
         return made
 
+    def _lease(self, held: Mapping[str, Buffer], renew: frozenset[str]) -> tuple[Lease | None, Mapping[str, Buffer]]:
+        """A session to write these engine weights into, and all the weights that it holds; none where none changes."""
+        if self._hosts is None or not self._hosts.specs.keys() & renew:
+            return None, {}
+        lease = self._hosts.take()
+        left = self._hosts.specs.keys() - renew
+        if left:
+            lease.host.copy(left, _host(held))
+        return lease, lease.buffers()
+
     def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
-        runner = Runner(self._session, {n: b for n, b in buffers.items() if n in self._read}, self._outputs)
+        session = self._session or _host(buffers).session
+        runner = Runner(session, {n: b for n, b in buffers.items() if n in self._read}, self._outputs)
         dead = None if self._second is None else self._second.dead
         return OnnxRuntimeWeightSet(buffers, shared, runner, self._outputs, dead)
 
@@ -157,13 +191,23 @@ class OnnxRuntimeBackend:
         except EngineError as error:
             if not self._empty.concerns(error):
                 raise
-            values = self._empty.run(own.buffers, inputs)
+            values = self._empty.run(self._plain(own.buffers), inputs)
         results = dict(zip(self._outputs, values, strict=True))
         return results if outputs is None else {name: results[name] for name in outputs}
+
+    def _plain(self, buffers: Mapping[str, Buffer]) -> Mapping[str, Buffer]:
+        """The weights that a graph without packed ones reads."""
+        packed = self._specialised.packed
+        if packed is None:
+            return buffers
+        flat = {name: buffer.storage.flat for name, buffer in buffers.items()}
+        return {**buffers, **{spec.name: loose(spec, packed.unpacked(spec, flat)) for spec in packed.specs}}
 
     def close(self) -> None:
         """End the threads and free the spare buffers; running afterwards raises EngineError."""
         self._closed = True
+        if self._hosts is not None:
+            self._hosts.close()
         if self._second is not None:
             self._second.close()
         self._deriver.close()
@@ -172,6 +216,11 @@ class OnnxRuntimeBackend:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
+
+
+def _host(buffers: Mapping[str, Buffer]) -> Host:
+    """The session that holds some of these."""
+    return next(lease.host for buffer in buffers.values() if isinstance(lease := buffer.owner, Lease))
 
 
 def _own(weights: WeightSet) -> OnnxRuntimeWeightSet:

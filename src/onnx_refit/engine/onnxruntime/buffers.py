@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,14 +52,22 @@ class Storage:
         self.settled = True
 
 
+class Owner(Protocol):
+    """Where memory goes when nobody uses it any more."""
+
+    def give_back(self, storage: Storage) -> None:
+        """Take it back: in any thread, so without a lock."""
+        ...
+
+
 class Buffer:
     """One engine weight of living weight sets: never written again once the first of them exists."""
 
-    __slots__ = ("__weakref__", "_pool", "storage")
+    __slots__ = ("__weakref__", "owner", "storage")
 
-    def __init__(self, storage: Storage, pool: BufferPool) -> None:
+    def __init__(self, storage: Storage, owner: Owner) -> None:
         self.storage = storage
-        self._pool = pool
+        self.owner = owner
 
     @property
     def array(self) -> Array:
@@ -73,7 +81,7 @@ class Buffer:
 
     def __del__(self) -> None:
         # Runs when the last weight set that uses it is gone, in any thread: no lock may be taken here.
-        self._pool.give_back(self.storage)
+        self.owner.give_back(self.storage)
 
 
 class BufferPool:

@@ -14,7 +14,10 @@ class OnnxRuntimeOptions:
             (one a physical core).
         optimise: specialise the activation graph for this host (ONNX Runtime's own offline optimisation, blocked
             matrix products). Without it the graph runs as it was compiled: slower, but ready at once.
+        in_place: write packed weights of recurrences into the memory of a session where that is possible, instead of
+            building a prepacked session for each weight set in the background.
     """
 
     threads: int = 0
     optimise: bool = True
+    in_place: bool = True

@@ -23,6 +23,7 @@ class Recoverer:
 
     def __init__(self, specialised: Specialised, sources: Mapping[str, TensorSpec]) -> None:
         self._inverses: dict[str, Recipe] = {}
+        self._parts: dict[str, Recipe] = {}  # what several engine weights hold of a source, so far
         specs = {SOURCE + name: spec for name, spec in sources.items()}
         specs.update((name, recipe.spec) for name, recipe in specialised.staged.items())
         # Engine weights give sources and staged tensors; staged tensors, last made first, give what they were made of.
@@ -38,9 +39,11 @@ class Recoverer:
             spec = specs.get(source)
             if spec is None or source in self._inverses or not _exact(spec.dtype, recipe.spec.dtype):
                 continue
-            inverse = _inverse(name, recipe, source, spec)
-            if inverse is not None:
-                self._inverses[source] = inverse
+            part = _part(name, recipe, source, spec, self._parts.get(source))
+            if _covers(part, spec):
+                self._inverses[source] = part
+            else:
+                self._parts[source] = part
 
     def recover(self, name: str, buffers: Mapping[str, Array]) -> Array:
         """A source weight (a new array) from engine weights; EngineError where it is not recoverable."""
@@ -65,26 +68,32 @@ def _exact(source: str, engine: str) -> bool:
     return source == engine or (source, engine) in {("float16", "float32"), ("bfloat16", "float32")}
 
 
-def _inverse(name: str, recipe: Recipe, source: str, spec: TensorSpec) -> Recipe | None:
-    """The source over the engine weight, if the engine weight holds every element of it."""
+def _part(name: str, recipe: Recipe, source: str, spec: TensorSpec, before: Recipe | None) -> Recipe:
+    """What an engine weight holds of a source, as far as it goes, and what others held before."""
     pieces = [
         Piece(piece.dims, piece.operands[0].walk, (Operand(name, piece.target),))
         for piece in recipe.pieces
         if len(piece.operands) == 1 and piece.operands[0].name == source
     ]
     gathers = [Gather(name, gather.take, gather.to) for gather in recipe.gathers if gather.source == source]
-    held = sum(math.prod(piece.dims) for piece in pieces) + sum(gather.to.size for gather in gathers)
+    if before is not None:
+        return Recipe(spec, (*before.pieces, *pieces), (*before.gathers, *gathers))
+    return Recipe(spec, tuple(pieces), tuple(gathers))
+
+
+def _covers(part: Recipe, spec: TensorSpec) -> bool:
+    """Whether every element of a source is there."""
+    held = sum(math.prod(piece.dims) for piece in part.pieces) + sum(gather.to.size for gather in part.gathers)
     if held < spec.size:
-        return None
-    inverse = Recipe(spec, tuple(pieces), tuple(gathers))
-    if len(pieces) == 1 and held == spec.size and _distinct(pieces[0].dims, pieces[0].target):
-        return inverse
+        return False
+    if len(part.pieces) == 1 and held == spec.size and _distinct(part.pieces[0].dims, part.pieces[0].target):
+        return True
     seen = np.zeros(spec.size, bool)
-    for piece in pieces:
+    for piece in part.pieces:
         along(seen, piece.dims, piece.target)[...] = True
-    for gather in gathers:
+    for gather in part.gathers:
         seen[gather.to] = True
-    return inverse if seen.all() else None
+    return bool(seen.all())
 
 
 def _distinct(dims: tuple[int, ...], walk: Walk) -> bool:

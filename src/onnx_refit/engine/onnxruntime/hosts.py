@@ -1,0 +1,380 @@
+"""Sessions whose packed weights can be written: a refit of a recurrent model needs no new session, and no second tier.
+
+A session is created over a file of packed weights (``packed``), which ONNX Runtime maps privately into memory. The
+mapping is found by the file's name, which no other session has. A weight set leases a whole session, nobody else runs
+it, and it goes to the next weight set once the last request is through with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto
+
+from onnx_refit.engine.onnxruntime.buffers import Buffer, Storage
+from onnx_refit.engine.onnxruntime.native import PROVIDERS, make_session, owned, public_value, session_options
+from onnx_refit.engine.onnxruntime.packed import Packed, initialised, probe
+from onnx_refit.errors import EngineError
+from onnx_refit.plan.trace.recipes import evaluate
+from onnx_refit.tensors import Array, TensorSpec, onnx_dtype
+
+_FILE = "weights.bin"
+_PAGE = 4096
+_SPARE_SECONDS = 3.0
+_PATIENCE = 0.25  # seconds that a dying version has to leave its session to the next one
+_SPARES = 2
+_MADV_DONTNEED = 4
+
+
+class NoHostError(EngineError):
+    """No session with writable packed weights can be made here."""
+
+
+class HostStorage(Storage):
+    """Memory inside a session, or beside it, for one of its weights."""
+
+    __slots__ = ()
+
+    def __init__(self, spec: TensorSpec, flat: Array) -> None:
+        self.spec = spec
+        self.flat = flat
+        self.array = flat.reshape(spec.static_shape)
+        self.value, self._owner = owned(self.array)
+        self.prepared = None
+        self.settled = True
+
+
+class Host:
+    """A session and the memory of the weights that it holds itself. One weight set at a time.
+
+    Attributes:
+        session: the session.
+        storages: packed tensor or adopted weight -> its memory, valid as long as the session.
+        content: for each of them, what is written there: equal objects mean equal bytes.
+    """
+
+    def __init__(self, session: ort.InferenceSession, storages: Mapping[str, HostStorage]) -> None:
+        self.session = session
+        self.storages = storages
+        self.content: dict[str, object] = {}
+
+    def copy(self, names: Iterable[str], other: Host) -> None:
+        """Take over weights of another session, where they differ."""
+        for name in names:
+            token = other.content[name]
+            if self.content.get(name) is not token:
+                np.copyto(self.storages[name].flat, other.storages[name].flat)
+                self.content[name] = token
+
+
+class _Nobody:
+    """Takes nothing back."""
+
+    def give_back(self, storage: Storage) -> None:
+        """Do nothing."""
+
+
+def loose(spec: TensorSpec, array: Array) -> Buffer:
+    """An array as a buffer of its own."""
+    storage = Storage(spec)
+    np.copyto(storage.array, array)
+    return Buffer(storage, _Nobody())
+
+
+class Lease:
+    """A host while a weight set has it; the pool gets it back when nobody has the lease any more."""
+
+    def __init__(self, host: Host, pool: HostPool) -> None:
+        self.host = host
+        self._spare, self._dead = pool.spare, pool.dead
+        self.settled = False
+        """Whether all its weights are written and no thread writes any more."""
+
+    def buffers(self) -> dict[str, Buffer]:
+        """Every weight that the session holds; they keep the lease."""
+        return {name: Buffer(storage, self) for name, storage in self.host.storages.items()}
+
+    def settle(self, renewed: Iterable[str]) -> None:
+        """Note that these were written, and that all of them are whole."""
+        token = object()
+        self.host.content.update(dict.fromkeys(renewed, token))
+        self.settled = True
+
+    def give_back(self, storage: Storage) -> None:
+        """Do nothing: a session goes back whole."""
+
+    def __del__(self) -> None:
+        # In any thread: no lock may be taken here. Sessions take long to take apart: the pool's thread does it.
+        if self.settled and len(self._spare) < _SPARES:
+            self._spare.append(self.host)
+        else:
+            self._dead.append(self.host)
+
+
+class HostPool:
+    """Makes hosts, and gives those of dead weight sets to new ones. Thread-safe.
+
+    One spare host is always there, or being made: a refit does not wait for a session. What it holds is given back to
+    the system after a few quiet seconds.
+
+    Args:
+        model: the graph; its weights are graph inputs.
+        packed: those that its kernels pack.
+        threads: intra-op threads of the sessions.
+
+    Raises:
+        NoHostError: this system does not let a session's weights be found.
+    """
+
+    def __init__(self, model: onnx.ModelProto, packed: Packed, threads: int) -> None:
+        if sys.platform != "linux":
+            raise NoHostError("the memory of a file's mapping is found on Linux only")
+        self.specs = {b.name: b.recipe.spec for b in packed.blocks} | {spec.name: spec for spec in packed.adopted}
+        self.spare: list[Host] = []
+        self.dead: list[Host] = []
+        self._model = model
+        self._packed = packed
+        self._threads = threads
+        self._numbers = itertools.count()
+        self._changed = threading.Event()
+        self._deadline = 0.0
+        self._janitor: threading.Thread | None = None
+        self.closed = False
+        self._lock = threading.Lock()
+        self._write()
+        self.spare.append(self.make())
+
+    def _write(self) -> None:
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="onnx-refit-")
+            self._places = _write(self._model, self._packed, Path(self._folder.name))
+        except OSError as error:
+            raise NoHostError(f"no packed weights can be written to a temporary file ({error})") from error
+
+    def take(self) -> Lease:
+        """A host nobody uses; what it holds is anything.
+
+        Raises:
+            NoHostError: there is no spare one, and none can be made.
+        """
+        try:
+            host = self.spare.pop()
+        except IndexError:
+            host = self.make()
+        self._deadline = time.monotonic() + _SPARE_SECONDS
+        if self._janitor is None:
+            self._janitor = threading.Thread(
+                target=_attend, args=(weakref.ref(self), self._changed), name="onnx-refit-hosts", daemon=True
+            )
+            self._janitor.start()
+        self._changed.set()
+        return Lease(host, self)
+
+    def make(self) -> Host:
+        """A new host; NoHostError where ONNX Runtime does not map the file."""
+        with self._lock:
+            if not (Path(self._folder.name) / _FILE).exists():  # somebody tidied the temporary folder
+                self._write()
+            folder = Path(self._folder.name)
+        own = folder / str(next(self._numbers))
+        adopted = {spec.name: HostStorage(spec, np.zeros(spec.size, np.float32)) for spec in self._packed.adopted}
+        options = session_options(self._threads)
+        for name, storage in adopted.items():
+            options.add_initializer(name, public_value(storage.value))
+        try:
+            own.mkdir()
+            for name in ("model.onnx", _FILE):
+                os.link(folder / name, own / name)
+            session = ort.InferenceSession(str(own / "model.onnx"), options, providers=PROVIDERS)
+            mapped = _mapped(own / _FILE)
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise NoHostError(f"no session can be made over packed weights: {error}") from error
+        finally:
+            for name in ("model.onnx", _FILE):
+                (own / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                own.rmdir()
+        storages = {}
+        for block in self._packed.blocks:
+            spec = block.recipe.spec
+            storages[block.name] = HostStorage(spec, _view(mapped, self._places[block.name], spec))
+        return Host(session, {**storages, **adopted})
+
+    def attend(self) -> None:
+        """Have one spare host, and take apart what is dead."""
+        self.dead.clear()
+        if not self.spare and not self.closed:
+            with contextlib.suppress(NoHostError):  # the refit that needs it will say so
+                self.spare.append(self.make())
+
+    def seconds_left(self) -> float:
+        """Until what spare hosts hold is given back."""
+        return self._deadline - time.monotonic()
+
+    def cool(self) -> None:
+        """Keep one spare host, and no memory of its packed weights."""
+        with contextlib.suppress(IndexError):
+            host = self.spare.pop()
+            self.spare.clear()
+            host.content.clear()
+            for block in self._packed.blocks:
+                _forget(host.storages[block.name].flat)
+            self.spare.append(host)
+        self.dead.clear()
+
+    def close(self) -> None:
+        """Give everything back that no weight set has."""
+        self.closed = True
+        self._changed.set()
+        self.spare.clear()
+        self.dead.clear()
+        with self._lock:
+            self._folder.cleanup()
+
+
+def _attend(reference: weakref.ref[HostPool], changed: threading.Event) -> None:
+    """Look after a pool some time after each change, as long as it lives."""
+    # No lower priority: a session's own threads would inherit it.
+    while True:
+        changed.wait(timeout=60.0)
+        pool = reference()
+        if pool is None or pool.closed:
+            return
+        quiet = not changed.is_set()
+        changed.clear()
+        if not quiet:
+            del pool
+            time.sleep(_PATIENCE)
+            pool = reference()
+            if pool is None or pool.closed:
+                return
+            pool.attend()
+            left = pool.seconds_left()
+            del pool
+            if changed.wait(max(0.0, left)):
+                continue
+            pool = reference()
+            if pool is None or pool.closed:
+                return
+        pool.cool()
+        del pool
+
+
+def _write(model: onnx.ModelProto, packed: Packed, folder: Path) -> dict[str, int]:
+    """The graph and its coded weights, plain and packed; where each packed tensor begins in the file."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    kept = [value for value in graph.input if value.name not in packed.weights]
+    del graph.input[:]
+    graph.input.extend(kept)
+    places: dict[str, int] = {}
+    end = 0
+    with (folder / _FILE).open("wb") as file:
+
+        def put(array: Array) -> int:
+            nonlocal end
+            begin = end
+            file.seek(begin)
+            file.write(array.data)
+            end = -(-(begin + array.nbytes) // _PAGE) * _PAGE
+            return begin
+
+        for spec, coded in packed.codes():
+            tensor = _external(graph, spec, put(coded))
+            flat = coded.reshape(-1)
+            blocks = [block for block in packed.blocks if block.weight == spec.name]
+            for number, key in enumerate(dict.fromkeys(block.key for block in blocks)):
+                entry = key
+                for block in blocks:
+                    if block.key == key:
+                        places[block.name] = put(evaluate(block.recipe, {spec.name: flat}.__getitem__))
+                        entry += f"|{places[block.name]};{block.recipe.spec.nbytes};0"
+                tensor.external_data.add(key=f"prepacked_{number}", value=entry)
+        for spec in packed.adopted:
+            _external(graph, spec, 0)
+            end = max(end, spec.nbytes)
+        file.truncate(end)
+    (folder / "model.onnx").write_bytes(changed.SerializeToString())
+    return places
+
+
+def _external(graph: onnx.GraphProto, spec: TensorSpec, offset: int) -> TensorProto:
+    tensor: TensorProto = graph.initializer.add(name=spec.name, data_type=onnx_dtype(spec.dtype))
+    tensor.dims.extend(spec.static_shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", _FILE), ("offset", str(offset)), ("length", str(spec.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _mapped(path: Path) -> list[tuple[int, int, int]]:
+    """(first offset in the file, past the last, address) of each private, writable mapping of a file."""
+    found = []
+    name = os.fsencode(path)
+    for line in Path("/proc/self/maps").read_bytes().splitlines():
+        if line.endswith(name):
+            addresses, access, offset, *_ = line.split(None, 5)
+            begin, end = (int(part, 16) for part in addresses.split(b"-"))
+            if access == b"rw-p":
+                start = int(offset, 16)
+                found.append((start, start + end - begin, begin))
+    return found
+
+
+def _view(mapped: Iterable[tuple[int, int, int]], place: int, spec: TensorSpec) -> Array:
+    for begin, end, address in mapped:
+        if begin <= place and place + spec.nbytes <= end:
+            memory = (ctypes.c_char * spec.nbytes).from_address(address + place - begin)
+            flat: Array = np.frombuffer(memoryview(memory), np.float32)
+            return flat
+    raise NoHostError("ONNX Runtime does not map packed weights where they can be written", where=spec.name)
+
+
+def _forget(flat: Array) -> None:
+    """Give the memory of a private mapping back: it reads as the file from now on."""
+    address = flat.ctypes.data
+    begin = address // _PAGE * _PAGE
+    end = -(-(address + flat.nbytes) // _PAGE) * _PAGE
+    # Where it fails the memory just stays.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+
+
+def proved(model: onnx.ModelProto, packed: Packed) -> bool:
+    """Whether sessions written in place answer to the bit like sessions that packed the same weights themselves."""
+    nodes = probe(model, packed.specs)
+    rng = np.random.default_rng()
+    weights = {spec.name: rng.standard_normal(spec.static_shape, np.float32) for spec in packed.specs}
+    inputs = {
+        value.name: rng.standard_normal([d.dim_value for d in value.type.tensor_type.shape.dim], np.float32)
+        for value in nodes.graph.input
+        if value.name not in weights
+    }
+    alone = Packed(packed.specs, packed.blocks, ())
+    try:
+        pool = HostPool(nodes, alone, 1)
+        try:
+            host = pool.spare.pop()
+            for block in alone.blocks:
+                flat = weights[block.weight].reshape(-1)
+                host.storages[block.name].flat[:] = evaluate(block.recipe, {block.weight: flat}.__getitem__)
+            wanted = make_session(initialised(nodes, weights), session_options(1)).run(None, inputs)
+            got = host.session.run(None, inputs)
+        finally:
+            pool.close()
+    except EngineError:
+        return False
+    return all(a.tobytes() == b.tobytes() for a, b in zip(got, wanted, strict=True))
