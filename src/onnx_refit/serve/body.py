@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from onnx_refit.serve.errors import ServeError
 
 Headers = dict[bytes, bytes]
+Buffer = bytes | bytearray | memoryview
 
 
 def headers_of(scope: Any) -> Headers:
@@ -26,25 +27,27 @@ def require_length(headers: Headers, limit: int) -> None:
         raise ServeError(413, f"the body of {int(announced[:20])} bytes is larger than the {limit} allowed")
 
 
-async def chunks(receive: Any, seconds: float) -> AsyncIterator[bytes]:
+async def chunks(receive: Any, seconds: float) -> AsyncGenerator[Buffer, None]:
     """The body in pieces.
 
     Raises:
         ServeError: 408 if it is not complete after so many seconds, 400 if the client went away.
     """
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            # Only the wait is bounded here: around a ``yield`` it would interrupt whatever the caller is doing.
+            async with asyncio.timeout_at(deadline):
                 message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ServeError(400, "the client went away")
-                piece: bytes = message.get("body", b"")
-                if piece:
-                    yield piece
-                if not message.get("more_body", False):
-                    return
-    except TimeoutError as error:
-        raise ServeError(408, f"the body was not complete after {seconds:g} s") from error
+        except TimeoutError as error:
+            raise ServeError(408, f"the body was not complete after {seconds:g} s") from error
+        if message["type"] == "http.disconnect":
+            raise ServeError(400, "the client went away")
+        piece: bytes = message.get("body", b"")
+        if piece:
+            yield piece
+        if not message.get("more_body", False):
+            return
 
 
 async def read_body(receive: Any, headers: Headers, *, limit: int, seconds: float) -> bytes:
@@ -66,7 +69,7 @@ async def read_body(receive: Any, headers: Headers, *, limit: int, seconds: floa
 
 
 async def _collect(receive: Any, first: Any, limit: int, seconds: float) -> bytes:
-    parts: list[bytes] = []
+    parts: list[Buffer] = []
     total = 0
 
     async def again() -> Any:

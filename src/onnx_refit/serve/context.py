@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from onnx_refit.serve.errors import DrainingError
 from onnx_refit.serve.metrics import Metrics
 from onnx_refit.serve.model import ModelTable
+from onnx_refit.serve.priority import background_pool
 from onnx_refit.serve.settings import Settings
 from onnx_refit.serve.spool import Spool
 
@@ -21,12 +21,14 @@ _LAST_SECONDS = 1.0
 class Context:
     """Models, settings, metrics, and whether the server takes requests.
 
-    Refits run on two threads of their own, so that however long they take, inferences and health are answered.
+    Refits run on threads of their own, which give way to inference: one stages, others commit, roll back and tell what
+    there is meanwhile.
     """
 
     def __init__(self, settings: Settings, models: ModelTable, metrics: Metrics, spool: Spool) -> None:
         self.settings, self.models, self.metrics, self.spool = settings, models, metrics, spool
-        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="onnx-refit-desk")
+        self._desk = background_pool(2, "onnx-refit-desk")
+        self._staging = background_pool(1, "onnx-refit-stage")
         self._serving = False
 
     @property
@@ -45,8 +47,12 @@ class Context:
             raise DrainingError("the server is shutting down")
 
     async def at_desk(self, work: Callable[[], Result]) -> Result:
-        """Run a piece of a refit on the refits' threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+        """Run a piece of a refit that is short, or that must not wait for what is being staged."""
+        return await asyncio.get_running_loop().run_in_executor(self._desk, work)
+
+    async def staging(self, work: Callable[[], Result]) -> Result:
+        """Run a check and derivation, one at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._staging, work)
 
     def close(self, seconds: float = _LAST_SECONDS) -> bool:
         """End the refits' threads, close the models and the spool. Blocks.
@@ -58,7 +64,8 @@ class Context:
             Whether none was left running.
         """
         # A commit that has begun is finished: it is short, and its client deserves to know.
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._staging, self._desk):
+            threads.shutdown(wait=True, cancel_futures=True)
         ended = [model.close(seconds) for model in self.models]
         self.spool.close()
         return all(ended)

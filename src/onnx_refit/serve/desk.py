@@ -44,7 +44,10 @@ class RefitDesk:
         self._model, self._engine, self._events, self._metrics = model, engine, events, metrics
         self._lifetime = limits.staged_seconds
         self._table = StagingTable(limits.staged)
+        # One guards the table and the counts; the other lets one set at a time be staged, which may take long: nobody
+        # else waits for it. Taken in this order: staging, lock.
         self._lock = threading.RLock()
+        self._staging = threading.Lock()
         self._version_changed()
 
     # ------------------------------------------------------------------ staging
@@ -59,13 +62,14 @@ class RefitDesk:
             ServeError: too many are staged.
             WeightsError, RefitRejectedError, EngineError: it cannot be staged; nothing changed.
         """
-        with self._lock:
-            self.expire()
-            identifier = options.identity(upload.sha256, self._engine.version)
-            known = self._table.find(identifier)
-            if known is not None and self._stands(known):
-                return known.to_json(), False
-            self._table.require_room()
+        with self._staging:
+            with self._lock:
+                self.expire()
+                identifier = options.identity(upload.sha256, self._engine.version)
+                known = self._table.find(identifier)
+                if known is not None and self._stands(known):
+                    return known.to_json(), False
+                self._table.require_room()
             self._events.publish("staging", id=identifier, sha256=upload.sha256, bytes=upload.nbytes, label=label)
             with self._told("rejected", id=identifier, label=label):
                 source = open_upload(upload, label)
@@ -82,11 +86,12 @@ class RefitDesk:
                 options=options,
                 lifetime=self._lifetime,
             )
-            self._table.add(entry)
-            self._time(staged.seconds)
-            self._count()
-            self._events.publish("staged", **_short(entry))
-            return entry.to_json(), True
+            with self._lock:
+                self._table.add(entry)
+                self._time(staged.seconds)
+                self._count()
+                self._events.publish("staged", **_short(entry))
+                return entry.to_json(), True
 
     def _stands(self, entry: Entry) -> bool:
         """Whether staging the same again would be in vain: it is staged still, or it is what answers now."""

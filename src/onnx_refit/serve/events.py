@@ -15,6 +15,8 @@ import orjson
 _KEPT = 256
 _PENDING = 1024
 _HEARTBEAT_SECONDS = 15.0
+# Of a run of these only the last is kept: one large upload would push out everything else.
+_PROGRESS = "upload"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class EventHub:
         with self._lock:
             self._number += 1
             event = Event(self._number, kind, {"time": datetime.now(UTC).isoformat(), **data})
+            if kind == _PROGRESS and self._kept and self._kept[-1].kind == kind:
+                self._kept.pop()
             self._kept.append(event)
             followers = list(self._followers.items())
         for queue, loop in followers:

@@ -13,8 +13,9 @@ from starlette.routing import Route
 
 from onnx_refit.errors import InputError
 from onnx_refit.refit.canary import Canary
-from onnx_refit.serve.body import chunks, headers_of, read_body, require_length
+from onnx_refit.serve.body import headers_of, read_body, require_length
 from onnx_refit.serve.context import Context
+from onnx_refit.serve.direct import body_chunks
 from onnx_refit.serve.errors import ServeError
 from onnx_refit.serve.json_response import JsonResponse
 from onnx_refit.serve.model import ServedModel
@@ -58,16 +59,16 @@ def routes(context: Context) -> list[Route]:
             raise ServeError(415, "uploads are taken uncompressed")
         total = int(headers[b"content-length"]) if b"content-length" in headers else None
         upload = await context.spool.receive(
-            chunks(request.receive, limits.upload_seconds),
+            body_chunks(request.scope, request.receive, limits.upload_seconds, context.spool.threads),
             limit=limits.upload_bytes,
             progress=lambda done: model.events.publish("upload", label=label, bytes=done, total=total),
             sha256=sha256,
         )
         try:
             context.metrics.upload_bytes.labels(model.name).inc(upload.nbytes)
-            account, fresh = await context.at_desk(partial(model.desk.stage, upload, options, label))
+            account, fresh = await context.staging(partial(model.desk.stage, upload, options, label))
         finally:
-            upload.remove()
+            context.spool.remove(upload)
         return JsonResponse(account, 201 if fresh else 200)
 
     async def staged(request: Request) -> Response:

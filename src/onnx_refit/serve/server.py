@@ -28,8 +28,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("uvicorn", "serve", "the server") from error
 
-# The event loop must not wait 5 ms for a worker thread's turn to end; see docs/serving.md, "Throughput".
-_SWITCH_SECONDS = 0.0005
+# The event loop must not wait 5 ms for another thread's turn to end; see docs/serving.md, "Throughput".
+_SWITCH_SECONDS = 0.0001
 _KEEP_ALIVE_SECONDS = 75
 
 
