@@ -25,7 +25,7 @@ def test_the_curl_examples(start, plan, tmp_path):
     text = (ROOT / "docs" / "serving.md").read_text("utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 8
-    running = start(plan)
+    running = start(plan, "--weights-from", f"s={tmp_path}")
     save_file(affine_weights(2.0), tmp_path / "new.safetensors")
     script = "set -eux -o pipefail\n" + "\n".join(blocks)
     done = subprocess.run(

@@ -90,12 +90,19 @@ def _load(named: Mapping[str, Path], store: Path | None, keep: int, threads: int
 @click.option("--drain-seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="Time to finish.")
 @click.option("--spool", type=PATH, help="Directory for uploads; a temporary one by default.")
 @click.option("--access-log/--no-access-log", default=True, help="A log line for every request.")
+@click.option(
+    "--weights-from",
+    multiple=True,
+    metavar="ALIAS=PLACE",
+    help="A directory or an https URL that clients may point to for weights, by its alias; may be repeated.",
+)
 def serve_command(plans: tuple[str, ...], **options: Any) -> None:
     """Serve PLANs over HTTP and gRPC; refits are verbs of the server. Logs JSON lines on stderr."""
     from onnx_refit.serve.extras import require_serve
 
     require_serve()
     from onnx_refit.serve.logs import configure_logging
+    from onnx_refit.serve.origins import parse_origins
     from onnx_refit.serve.server import serve
 
     named = _named_plans(plans)
@@ -122,6 +129,7 @@ def serve_command(plans: tuple[str, ...], **options: Any) -> None:
         drain_seconds=options["drain_seconds"],
         spool=options["spool"],
         access_log=options["access_log"],
+        weights_from=parse_origins(options["weights_from"]),
     )
     configure_logging()
     engines = _load(named, options["store"], options["keep"], options["threads"])
@@ -166,6 +174,10 @@ def _connect(url: str, model: str | None, token_file: Path | None) -> tuple[Refi
 @click.option("--allow-nonfinite", is_flag=True, help="Accept NaN and infinities.")
 @click.option("--allow-rounding", is_flag=True, help="Accept a cast that rounds values.")
 @click.option("--commit", "and_commit", is_flag=True, help="Commit at once.")
+@click.option(
+    "--from", "place", metavar="ALIAS", help="WEIGHTS is a name at a place that the server's operator allows."
+)
+@click.option("--sha256", help="With --from: of the file, in hex.")
 @json_option
 def push_command(
     weights: Path,
@@ -177,26 +189,32 @@ def push_command(
     allow_nonfinite: bool,
     allow_rounding: bool,
     and_commit: bool,
+    place: str | None,
+    sha256: str | None,
     as_json: bool,
 ) -> None:
     """Upload WEIGHTS to a server and stage them; requests do not see them before a commit."""
+    if sha256 is not None and place is None:
+        raise click.UsageError("--sha256 belongs to --from; an upload's hash is computed and compared anyhow")
     client, name = _connect(url, model, token_file)
-    size = weights.stat().st_size if weights.is_file() else None
-    with progress(f"uploading {weights.name}", size, as_bytes=True, quiet=as_json) as update:
-        try:
-            staged = client.stage(
-                name,
-                weights,
-                label=label,
-                partial=partial,
-                allow_nonfinite=allow_nonfinite,
-                allow_rounding=allow_rounding,
-                progress=lambda done, _: update(done),
-            )
-        except ServerError as error:
-            if as_json and error.body:
-                emit_json(error.body)
-            raise
+    options: dict[str, Any] = {
+        "label": label,
+        "partial": partial,
+        "allow_nonfinite": allow_nonfinite,
+        "allow_rounding": allow_rounding,
+    }
+    try:
+        if place is not None:
+            with spinner(f"fetching {place}:{weights.as_posix()}"):
+                staged = client.fetch(name, place, weights.as_posix(), sha256=sha256, **options)
+        else:
+            size = weights.stat().st_size if weights.is_file() else None
+            with progress(f"uploading {weights.name}", size, as_bytes=True, quiet=as_json) as update:
+                staged = client.stage(name, weights, progress=lambda done, _: update(done), **options)
+    except ServerError as error:
+        if as_json and error.body:
+            emit_json(error.body)
+        raise
     committed = client.commit(name, staged["id"]) if and_commit and staged["state"] == "staged" else None
     if as_json:
         emit_json({"staged": staged, "committed": committed})

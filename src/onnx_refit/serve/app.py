@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from onnx_refit.serve import rest_refit, rest_v2
+from onnx_refit.serve import rest_fetch, rest_refit, rest_v2
 from onnx_refit.serve.auth import Gatekeeper
 from onnx_refit.serve.context import Context
 from onnx_refit.serve.gateway import App, Gateway
@@ -56,6 +56,7 @@ def make_app(context: Context) -> App:
         [
             *rest_v2.routes(context),
             *rest_refit.routes(context),
+            *rest_fetch.routes(context),
             Route("/metrics", metrics),
             Route("/openapi.json", openapi),
             Route("/", console),

@@ -137,6 +137,49 @@ class RefitClient:
         except OSError as error:
             raise read_error(path, error) from error
 
+    def fetch(
+        self,
+        model: str,
+        place: str,
+        name: str,
+        *,
+        sha256: str | None = None,
+        label: str | None = None,
+        partial: bool = False,
+        allow_nonfinite: bool = False,
+        allow_rounding: bool = False,
+        measure: bool = False,
+    ) -> dict[str, Any]:
+        """Have the server fetch a file of weights from a place that its operator allows, and stage it.
+
+        Args:
+            model: the model's name.
+            place: the place's alias.
+            name: the file's name there: plain components joined by slashes.
+            sha256: of the file, in hex; must be given where the place is reached without TLS.
+            label: what the version is to be called in lists; ``place:name`` by default.
+            partial: see ``stage``; and so the others.
+            allow_nonfinite: NaN and infinities are accepted.
+            allow_rounding: a cast may round.
+            measure: norms and changes go into the report.
+
+        Raises:
+            ServerError: refused, or the place cannot be reached.
+        """
+        flags = {
+            "partial": partial,
+            "allow_nonfinite": allow_nonfinite,
+            "allow_rounding": allow_rounding,
+            "measure": measure,
+        }
+        given = {"sha256": sha256, "label": label}
+        body = {"from": place, "name": name, **{k: v for k, v in given.items() if v is not None}}
+        return self._json("POST", _path(model, "fetch"), body | {k: v for k, v in flags.items() if v})
+
+    def places(self, model: str) -> list[str]:
+        """The aliases of the places that weights may be fetched from."""
+        return list(self._json("GET", _path(model, "fetch"))["from"])
+
     def staged(self, model: str, identifier: str) -> dict[str, Any]:
         """A staged weight set, with the report of its check."""
         return self._json("GET", _path(model, "staged", identifier))

@@ -148,8 +148,29 @@ def _refit() -> dict[str, Schema]:
     def verb(summary: str, *parameters: Schema, failures: tuple[int, ...] = (), **rest: Any) -> Schema:
         return _operation(summary, _MODEL, *parameters, admin=True, failures=failures, **rest)
 
+    fetch = {
+        "type": "object",
+        "required": ["from", "name"],
+        "additionalProperties": False,
+        "properties": {
+            "from": _STRING,
+            "name": {"type": "string", "minLength": 1},
+            "sha256": {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"},
+            "label": _STRING,
+            **dict.fromkeys(("partial", "allow_nonfinite", "allow_rounding", "measure"), _BOOLEAN),
+        },
+    }
     return {
         base: {"get": verb("Versions, what is staged, traffic")},
+        base + "/fetch": {
+            "get": verb("The places that weights may be fetched from"),
+            "post": verb(
+                "Fetch weights from a place that the operator allows, then as stage",
+                body=fetch,
+                success=(200, 201),
+                failures=(409, 422, 502, 507),
+            ),
+        },
         base + "/stage": {
             "post": verb(
                 "Upload weights (safetensors, npz, ONNX), check them, derive the engine's weights",

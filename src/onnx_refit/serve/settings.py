@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnx_refit.errors import OnnxRefitError
+
+if TYPE_CHECKING:
+    from onnx_refit.serve.origins import Origin
 
 MIB = 1 << 20
 
@@ -83,6 +88,7 @@ class Settings:
         drain_seconds: how long a stopping server lets running requests finish.
         spool: directory for uploads; None makes a temporary one.
         access_log: write a log line for every request.
+        weights_from: alias -> a place that clients may point to for weights.
     """
 
     host: str = "127.0.0.1"
@@ -97,6 +103,7 @@ class Settings:
     drain_seconds: float = 30.0
     spool: Path | None = None
     access_log: bool = True
+    weights_from: Mapping[str, Origin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """SettingsError for a token that is guessed too easily, or bounds that allow nothing."""
