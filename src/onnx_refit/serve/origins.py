@@ -258,7 +258,7 @@ def _url(place: str) -> UrlOrigin:
     return UrlOrigin(place if place.endswith("/") else place + "/")
 
 
-async def blocks_of(opened: Opened, seconds: float, threads: Executor | None = None) -> AsyncGenerator[bytes, None]:
+async def blocks_of(opened: Opened, seconds: float, threads: Executor) -> AsyncGenerator[bytes, None]:
     """A file's bytes on an event loop, the reading on other threads; closes the file.
 
     Raises:

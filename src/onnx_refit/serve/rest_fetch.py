@@ -50,22 +50,22 @@ def routes(context: Context) -> list[Route]:
         options = StageOptions(**{name: _flag(order, name) for name in _FLAGS})
         label = _label(order.get("label", f"{alias}:{'/'.join(parts)}"[:120]))
         loop = asyncio.get_running_loop()
-        opened = await loop.run_in_executor(None, origin.open, parts, limits.upload_seconds)
+        opened = await loop.run_in_executor(context.spool.threads, origin.open, parts, limits.upload_seconds)
         total = opened.nbytes
         if total is not None and total > limits.upload_bytes:
             opened.close()
             raise ServeError(413, f"the file of {total} bytes is larger than the {limits.upload_bytes} allowed")
         upload = await context.spool.receive(
-            blocks_of(opened, limits.upload_seconds),
+            blocks_of(opened, limits.upload_seconds, context.spool.threads),
             limit=limits.upload_bytes,
             progress=lambda done: model.events.publish("upload", label=label, bytes=done, total=total),
             sha256=sha256,
         )
         try:
             context.metrics.upload_bytes.labels(model.name).inc(upload.nbytes)
-            account, fresh = await context.at_desk(partial(model.desk.stage, upload, options, label))
+            account, fresh = await context.staging(partial(model.desk.stage, upload, options, label))
         finally:
-            upload.remove()
+            context.spool.remove(upload)
         return JsonResponse(account, 201 if fresh else 200)
 
     path = "/v2/models/{model}/refit/fetch"

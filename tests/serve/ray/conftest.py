@@ -12,7 +12,8 @@ from tests.serve.ray import failpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = 4
-STORE_BYTES = 80 << 20
+# CPUs are what Ray counts with, not what the machine has.
+NODE = {"num_cpus": 8, "object_store_memory": 80 << 20}
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +33,9 @@ def ray_cluster(tmp_path_factory):
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    # CPUs are what Ray counts with, not what the machine has.
-    options = {"num_cpus": 8, "object_store_memory": STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     for _ in range(NODES - 1):
-        cluster.add_node(**options)
+        cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     yield cluster

@@ -19,7 +19,7 @@ from onnx_refit.serve.cluster.roster import Patience
 from tests.serve.cluster.support import golden
 from tests.serve.models import affine, affine_weights
 from tests.serve.ray import failpoints
-from tests.serve.ray.conftest import wait_until
+from tests.serve.ray.conftest import NODE, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -284,6 +284,24 @@ def test_both_are_killed(under_load):
     os.kill(next(iter(under_load.replicas().values())), signal.SIGKILL)
     under_load.whole()
     under_load.refit()
+
+
+def test_a_whole_node_is_lost(under_load, ray_cluster):
+    before = under_load.status()
+    # Not the one where the coordinator and the store are.
+    lost = next(
+        (name, place["node"])
+        for name, place in before["replicas"].items()
+        if place["node"] != before["coordinator"]["node"]
+    )
+    node = next(node for node in ray_cluster.worker_nodes if node.unique_id == lost[1] or node.node_id == lost[1])
+    ray_cluster.remove_node(node, allow_graceful=False)
+    wait_until(lambda: lost[0] not in under_load.replicas())
+    report = under_load.refit()
+    assert lost[0] not in report.replicas
+    ray_cluster.add_node(**NODE)
+    under_load.whole()
+    assert lost[1] not in {place["node"] for place in under_load.status()["replicas"].values()}
 
 
 def test_a_replica_that_is_stopped_is_ended_and_replaced(under_load):

@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from ray.exceptions import RayError
+
 from onnx_refit.errors import OnnxRefitError, PlanMismatchError, StoreLockedError
 from onnx_refit.serve.cluster.book import Book
 from onnx_refit.serve.cluster.coordinator import Coordinator, Welcome
@@ -148,7 +150,7 @@ class CoordinatorActor:
         while True:
             try:
                 await self._ready().look()
-            except OnnxRefitError as error:
+            except (OnnxRefitError, RayError) as error:
                 log("the replicas could not be looked after", level=logging.ERROR, exception=error)
             await asyncio.sleep(_LOOK_SECONDS)
 

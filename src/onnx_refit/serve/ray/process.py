@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from onnx_refit.serve.cluster.messages import Member
@@ -31,10 +31,10 @@ def here() -> dict[str, str]:
 
 async def alive(member: Member) -> bool:
     """Whether a replica's process lives. Only Ray's word that it has died counts as dead."""
-    actor = await asyncio.to_thread(_find, member)
-    if actor is None:
-        return False
     try:
+        actor = await asyncio.to_thread(_find, member)
+        if actor is None:
+            return False
         async with asyncio.timeout(_PROBE_SECONDS):
             await actor.__ray_ready__.remote()
     except ActorDiedError:
@@ -54,9 +54,9 @@ async def end(member: Member) -> None:
         # It died by itself, which Ray notices by the end of the process.
         return
     log("a replica is ended", level=logging.WARNING, replica=member.name)
-    actor = await asyncio.to_thread(_find, member)
-    if actor is not None:
-        with contextlib.suppress(RayActorError):
+    with contextlib.suppress(RayError):
+        actor = await asyncio.to_thread(_find, member)
+        if actor is not None:
             ray.kill(actor, no_restart=True)
     node = member.address["node"]
     where = NodeAffinitySchedulingStrategy(node, soft=False)
