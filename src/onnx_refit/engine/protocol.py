@@ -6,8 +6,8 @@ checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.tensors import Array, TensorSpec
@@ -48,18 +48,34 @@ class WeightSet(Protocol):
         ...
 
 
-Look: TypeAlias = Callable[[int, int], None]
-"""``look(begin, end)`` looks at elements of one flattened source weight; any thread may call it."""
+class Look(Protocol):
+    """What is to be done with each element of one source weight, once: a call does it all.
+
+    A backend that reads the weight anyway may copy it into ``keep`` on the way instead, and call ``watch``.
+    """
+
+    @property
+    def keep(self) -> Array | None:
+        """Flat memory of the weight's dtype that takes a copy; None where none is wanted."""
+        ...
+
+    def watch(self, begin: int, end: int) -> None:
+        """See whether these elements of the flattened weight are finite, if anybody asks. Any thread may call it."""
+        ...
+
+    def __call__(self, begin: int, end: int) -> None:
+        """Watch and keep these elements. Any thread may call it."""
+        ...
 
 
 class Inspector(Protocol):
     """Somebody who has to read source weights that a backend reads anyway: so each comes from memory once."""
 
     def claim(self, name: str) -> Look | None:
-        """How to look at a source weight; None where there is nothing to look at.
+        """How to look at a source weight; None where there is nothing to look at, or not now.
 
         Who claims a weight looks at each of its elements exactly once before ``derive`` returns, in parts as they suit,
-        best just before reading them. What no backend claims is looked at afterwards.
+        best when reading them. What no backend claims is looked at afterwards.
         """
         ...
 

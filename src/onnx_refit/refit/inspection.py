@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from onnx_refit.engine.protocol import Look
 from onnx_refit.tensors import Array
 from onnx_refit.weights.finite import not_finite
 from onnx_refit.weights.scan import all_finite
@@ -29,24 +28,18 @@ class Inspection:
         self._look = look
         self._suspicious = False
 
-    def claim(self, name: str) -> Look | None:
+    def claim(self, name: str) -> Inspected | None:
         """See ``Inspector.claim``."""
         array = self._left.get(name)
         if array is None or array.size < _SMALL:
             return None
         del self._left[name]
-        flat, look = array.reshape(-1), self._look
         kept = self._targets.get(name)
         target = None if kept is None else kept.reshape(-1)
+        return Inspected(array.reshape(-1), target, self._suspect if self._look else None)
 
-        def inspect(begin: int, end: int) -> None:
-            part = flat[begin:end]
-            if look and not all_finite(part):
-                self._suspicious = True
-            if target is not None:
-                target[begin:end] = part
-
-        return inspect
+    def _suspect(self) -> None:
+        self._suspicious = True
 
     def finish(self) -> bool:
         """Look at what nobody claimed; whether all weights are finite, or nobody looks."""
@@ -56,3 +49,34 @@ class Inspection:
             self._suspicious = True
         self._left = {}
         return not self._suspicious
+
+
+class Inspected:
+    """One weight being looked at: a ``Look``.
+
+    Attributes:
+        keep: see ``Look``.
+
+    Args:
+        flat: the weight.
+        keep: where to copy it.
+        suspect: what to call where an element is not finite; None if nobody asks.
+    """
+
+    __slots__ = ("_flat", "_suspect", "keep")
+
+    def __init__(self, flat: Array, keep: Array | None, suspect: Callable[[], None] | None) -> None:
+        self._flat = flat
+        self._suspect = suspect
+        self.keep = keep
+
+    def watch(self, begin: int, end: int) -> None:
+        """See ``Look``."""
+        if self._suspect is not None and not all_finite(self._flat[begin:end]):
+            self._suspect()
+
+    def __call__(self, begin: int, end: int) -> None:
+        """See ``Look``."""
+        self.watch(begin, end)
+        if self.keep is not None:
+            self.keep[begin:end] = self._flat[begin:end]

@@ -13,7 +13,7 @@ from onnx_refit.engine.onnxruntime.crew import Crew, Task
 from onnx_refit.engine.onnxruntime.packer import Caster, Packer
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
-from onnx_refit.engine.onnxruntime.writers import WIDE, Writer, looking, looks
+from onnx_refit.engine.onnxruntime.writers import WIDE, Writer, alone
 from onnx_refit.engine.protocol import Inspector, Look
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.trace.recipes import Recipe, evaluate
@@ -120,12 +120,9 @@ class Deriver:
                     tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
             for name in sorted({wide for target in targets for wide in self._writers[target].widened}):
                 tensors[WIDE + name] = self._widen(tensors[name])
-            carried, tasks = self._looks(sources, targets, inspector)
+            looks, tasks = self._looks(sources, targets, inspector)
             for name, storage in targets.items():
-                made = self._writers[name].tasks(tensors, storage)
-                for look, size in carried.get(name, ()):
-                    made = looking(made, look, size)
-                tasks += made
+                tasks += self._writers[name].tasks(tensors, storage, looks.get(name, ()))
         except KeyError as error:
             raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
         for storage in targets.values():
@@ -136,10 +133,10 @@ class Deriver:
 
     def _looks(
         self, sources: Mapping[str, Array], targets: Mapping[str, Storage], inspector: Inspector | None
-    ) -> tuple[Mapping[str, list[tuple[Look, int]]], list[Task]]:
-        """What to look at beside the writing of which target, and what by itself."""
-        carried: dict[str, list[tuple[Look, int]]] = {}
-        alone: list[Task] = []
+    ) -> tuple[Mapping[str, list[tuple[str, Look]]], list[Task]]:
+        """Target -> what to look at while it is written; and the tasks that look at what no target reads."""
+        looks: dict[str, list[tuple[str, Look]]] = {}
+        others: list[Task] = []
         if inspector is not None:
             for name, array in sources.items():
                 look = inspector.claim(name)
@@ -147,10 +144,10 @@ class Deriver:
                     continue
                 carrier = self._carried.get(name)
                 if carrier is not None and carrier in targets:
-                    carried.setdefault(carrier, []).append((look, array.size))
+                    looks.setdefault(carrier, []).append((SOURCE + name, look))
                 else:
-                    alone += looks(look, array.size)
-        return carried, alone
+                    others += alone(look, array.size)
+        return looks, others
 
     def _widen(self, flat: Array) -> Array:
         """A float16 tensor as float32."""

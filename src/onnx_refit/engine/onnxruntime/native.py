@@ -164,28 +164,25 @@ class Binding:
 
 
 class Outlet:
-    """A session that writes into memory bound once; one call at a time.
+    """A session that reads and writes memory bound to it, again and again; one call at a time.
 
-    Args:
-        session: the session.
-        inputs: those that are always the same: input name -> value (the caller keeps all memory alive).
-        outputs: output name -> value over the memory to write.
+    The caller keeps all that is bound alive while it runs. All arrays are C-contiguous.
     """
 
     __slots__ = ("_io", "_session")
 
-    def __init__(
-        self, session: ort.InferenceSession, inputs: Mapping[str, Value], outputs: Mapping[str, Value]
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session._sess
         self._io = capi.SessionIOBinding(session._sess)
-        for name, value in inputs.items():
-            self._io.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            self._io.bind_ortvalue_output(name, value)
 
-    def run(self, *inputs: tuple[str, Array]) -> None:
-        """Run with these further inputs: C-contiguous arrays."""
-        for name, array in inputs:
-            self._io.bind_ortvalue_input(name, wrap(array))
+    def give(self, name: str, array: Array) -> None:
+        """Bind an input."""
+        self._io.bind_ortvalue_input(name, wrap(array))
+
+    def take(self, name: str, array: Array) -> None:
+        """Bind an output."""
+        self._io.bind_ortvalue_output(name, wrap(array))
+
+    def run(self) -> None:
+        """Run with what is bound."""
         self._session.run_with_iobinding(self._io, None)

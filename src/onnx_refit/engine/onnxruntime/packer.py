@@ -10,8 +10,9 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from onnx_refit.engine.onnxruntime.blocked import up
-from onnx_refit.engine.onnxruntime.native import NCHWC_DOMAIN, Binding, Outlet, make_session, session_options, wrap
+from onnx_refit.engine.onnxruntime.native import NCHWC_DOMAIN, Binding, Outlet, make_session, session_options
 from onnx_refit.engine.onnxruntime.packing import Packing
+from onnx_refit.engine.protocol import Look
 from onnx_refit.tensors import Array
 
 _OPSETS = (("", 17), (NCHWC_DOMAIN, 1))
@@ -21,16 +22,32 @@ class Mould:
     """A packing and the memory that it goes to, bound once and written again and again. Made by ``Packer.mould``.
 
     Different moulds may be written in different threads.
+
+    Attributes:
+        begin: the first element that it reads of its flat source.
+        end: one past the last.
     """
 
-    __slots__ = ("_begin", "_end", "_factors", "_outlet", "_owners", "_packing", "_shape")
+    __slots__ = (
+        "_factors",
+        "_outlets",
+        "_packer",
+        "_packing",
+        "_shape",
+        "_target",
+        "_tiles",
+        "begin",
+        "end",
+    )
 
-    def __init__(self, packing: Packing, outlet: Outlet, owners: tuple[Array, ...]) -> None:
+    def __init__(self, packer: Packer, packing: Packing, target: Array, tiles: Array | None) -> None:
+        self._packer = packer
         self._packing = packing
-        self._outlet = outlet
-        self._owners = owners
+        self._target = target
+        self._tiles = tiles
+        self._outlets: list[Outlet | None] = [None, None]
         k, n = packing.rows, packing.columns
-        self._begin, self._end = packing.offset, packing.offset + k * n
+        self.begin, self.end = packing.offset, packing.offset + k * n
         self._shape = (1, 1, k, n) if packing.channels_last else (1, n, 1, k)
         scale = packing.scale
         if scale is not None:
@@ -38,16 +55,37 @@ class Mould:
             last = scale.offset + (count - 1) * scale.stride + 1
             self._factors = slice(scale.offset, last, scale.stride or 1), _column(packing, count)
 
-    def write(self, fetch: Callable[[str], Array]) -> None:
-        """Write it, from the flat float32 tensors that ``fetch`` gives."""
-        packing = self._packing
-        matrix = fetch(packing.source)[self._begin : self._end].reshape(self._shape)
-        if packing.scale is None:
-            self._outlet.run(("x", matrix))
-            return
-        where, shape = self._factors
-        factors = fetch(packing.scale.name)[where]
-        self._outlet.run(("x", matrix), ("factors", np.ascontiguousarray(factors).reshape(shape)))
+    def write(self, fetch: Callable[[str], Array], look: Look | None = None) -> None:
+        """Write it, and look at what it reads of its source.
+
+        Args:
+            fetch: gives the flat float32 tensors that it reads.
+            look: what is to be done with the elements of the source.
+        """
+        begin, end, shape, packing = self.begin, self.end, self._shape, self._packing
+        keep = None
+        if look is not None:
+            look.watch(begin, end)
+            keep = look.keep
+        outlet = self._outlet(kept=keep is not None)
+        outlet.give("x", fetch(packing.source)[begin:end].reshape(shape))
+        if packing.scale is not None:
+            where, column = self._factors
+            outlet.give("factors", np.ascontiguousarray(fetch(packing.scale.name)[where]).reshape(column))
+        if keep is not None:
+            outlet.take("kept", keep[begin:end].reshape(shape))
+        outlet.run()
+
+    def _outlet(self, *, kept: bool) -> Outlet:
+        """The bound session, perhaps that which also keeps."""
+        outlet = self._outlets[kept]
+        if outlet is None:
+            outlet = Outlet(self._packer.session(self._packing, kept=kept))
+            outlet.take("y", self._target)
+            if self._tiles is not None:
+                outlet.give("tiles", self._tiles)
+            self._outlets[kept] = outlet
+        return outlet
 
 
 def _column(packing: Packing, count: int) -> tuple[int, int, int, int]:
@@ -64,7 +102,7 @@ class Packer:
 
     def __init__(self, block: int) -> None:
         self._block = block
-        self._sessions: dict[tuple[bool, bool, bool], ort.InferenceSession] = {}
+        self._sessions: dict[tuple[bool, ...], ort.InferenceSession] = {}
 
     def mould(self, packing: Packing, target: Array) -> Mould:
         """Bind the memory of a packing.
@@ -74,33 +112,35 @@ class Packer:
             target: flat float32, C-contiguous, ``up(N) * K`` elements.
         """
         b, k, n, window = self._block, packing.rows, packing.columns, packing.window
-        session = self._session(scaled=packing.scale is not None, windowed=window > 1, last=packing.channels_last)
         if window == 1:
-            blocked = target.reshape(1, up(n, b), 1, k)
-            return Mould(packing, Outlet(session, {}, {"y": wrap(blocked)}), (blocked,))
+            return Mould(self, packing, target.reshape(1, up(n, b), 1, k), None)
         # [N/b][I/b][b][window] rows of b columns each become [N/b][I/b][window][b] of them: the same operator, for
         # which each row is a pixel's channels.
         tiles = np.array([n * k // window // b // b, b, 1, b * window])
-        blocked = target.reshape(-1, b * window, b, 1)
-        return Mould(packing, Outlet(session, {"tiles": wrap(tiles)}, {"y": wrap(blocked)}), (blocked, tiles))
+        return Mould(self, packing, target.reshape(-1, b * window, b, 1), tiles)
 
-    def _session(self, *, scaled: bool, windowed: bool, last: bool) -> ort.InferenceSession:
-        key = scaled, windowed, last
+    def session(self, packing: Packing, *, kept: bool) -> ort.InferenceSession:
+        """What writes such a packing; ``kept`` copies its source too."""
+        scaled, windowed = packing.scale is not None, packing.window > 1
+        key = scaled, windowed, packing.channels_last, kept
         session = self._sessions.get(key)
         if session is None:
+            model = _model(scaled=scaled, windowed=windowed, last=packing.channels_last, kept=kept)
             # One thread a session: callers pack different tensors in different threads.
-            session = make_session(_model(scaled=scaled, windowed=windowed, last=last), session_options(1))
-            self._sessions[key] = session
+            session = self._sessions[key] = make_session(model, session_options(1))
         return session
 
 
-def _model(*, scaled: bool, windowed: bool, last: bool) -> onnx.ModelProto:
+def _model(*, scaled: bool, windowed: bool, last: bool, kept: bool) -> onnx.ModelProto:
     """``[1,1,K,N]`` or ``[1,N,1,K]``, perhaps times factors, into blocked layout, perhaps tiled once more."""
-    any_shape = [f"d{k}" for k in range(4)]
-    nodes, inputs, value = [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, any_shape)], "x"
+    nodes, value = [], "x"
+    inputs, outputs = [_tensor("x")], [_tensor("y")]
+    if kept:
+        nodes.append(helper.make_node("Identity", ["x"], ["kept"]))
+        outputs.append(_tensor("kept"))
     if scaled:
-        nodes.append(helper.make_node("Mul", [value, "factors"], ["scaled"]))
-        inputs.append(helper.make_tensor_value_info("factors", TensorProto.FLOAT, [f"f{k}" for k in range(4)]))
+        nodes.append(helper.make_node("Mul", ["x", "factors"], ["scaled"]))
+        inputs.append(_tensor("factors"))
         value = "scaled"
     rows = "rows" if windowed else "y"
     nodes.append(helper.make_node("ReorderInput", [value], [rows], domain=NCHWC_DOMAIN, channels_last=int(last)))
@@ -108,9 +148,12 @@ def _model(*, scaled: bool, windowed: bool, last: bool) -> onnx.ModelProto:
         nodes.append(helper.make_node("Reshape", [rows, "tiles"], ["tiled"]))
         nodes.append(helper.make_node("ReorderInput", ["tiled"], ["y"], domain=NCHWC_DOMAIN, channels_last=1))
         inputs.append(helper.make_tensor_value_info("tiles", TensorProto.INT64, [4]))
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [f"e{k}" for k in range(4)])
     opsets = [helper.make_opsetid(domain, version) for domain, version in _OPSETS]
-    return helper.make_model(helper.make_graph(nodes, "pack", inputs, [output]), opset_imports=opsets, ir_version=9)
+    return helper.make_model(helper.make_graph(nodes, "pack", inputs, outputs), opset_imports=opsets, ir_version=9)
+
+
+def _tensor(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"{name}{k}" for k in range(4)])
 
 
 class Caster:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Writer:
         block: the host's block size.
     """
 
-    __slots__ = ("_items", "_leading", "_pack", "_packer", "_pieces", "_recipe", "reads", "size", "widened")
+    __slots__ = ("_items", "_leading", "_pack", "_packer", "_packs", "_pieces", "_recipe", "reads", "size", "widened")
 
     def __init__(
         self, recipe: Recipe, dtypes: Mapping[str, np.dtype[np.generic]], packer: Packer | None, block: int
@@ -68,6 +68,8 @@ class Writer:
         single = all(dtypes[name] == np.float32 for name in recipe.sources)
         packed = packing(recipe, block) if single and packer is not None and recipe.spec.size >= _PACKED else None
         self._pack = [] if packed is None else list(packed.parts(block, SPLIT))
+        # The tensor whose first elements, so many of them, the packings read once each.
+        self._packs = ("", 0) if packed is None or packed.offset else (packed.source, packed.rows * packed.columns)
         self._items = [
             tuple(
                 _Source(
@@ -85,10 +87,23 @@ class Writer:
         self.size = recipe.spec.size
         self.reads = recipe.sources
 
-    def tasks(self, tensors: Tensors, storage: Storage) -> list[Task]:
-        """The independent parts of the work. Called for each engine weight at each refit: kept lean."""
-        if self._pack:
-            return self._packings(tensors, storage)
+    def tasks(self, tensors: Tensors, storage: Storage, looks: Sequence[tuple[str, Look]] = ()) -> list[Task]:
+        """The independent parts of the work. Called for each engine weight at each refit: kept lean.
+
+        Args:
+            tensors: what the recipe reads.
+            storage: where it goes.
+            looks: tensors that it reads, and how to look at them on the way.
+        """
+        name, size = self._packs
+        within = next((look for read, look in looks if read == name and tensors[name].size == size), None)
+        made = self._packings(tensors, storage, within) if self._pack else self._plain(tensors, storage)
+        for read, look in looks:
+            if look is not within:
+                made = _looking(made, look, tensors[read].size)
+        return made
+
+    def _plain(self, tensors: Tensors, storage: Storage) -> list[Task]:
         if self._leading is not None and self.size <= SPLIT:
             return [(self.size, np.copyto, (storage.flat, tensors[self._leading][: self.size], "unsafe"))]
         views: tuple[Array, ...] | None = storage.prepared
@@ -109,7 +124,7 @@ class Writer:
         gathers = self._recipe.gathers
         return [*made, *((16 * g.to.size, _gather, (g, tensors[g.source], storage.flat)) for g in gathers)]
 
-    def _packings(self, tensors: Tensors, storage: Storage) -> list[Task]:
+    def _packings(self, tensors: Tensors, storage: Storage, look: Look | None) -> list[Task]:
         moulds: tuple[tuple[int, Mould], ...] | None = storage.prepared
         if moulds is None:
             assert self._packer is not None
@@ -120,10 +135,10 @@ class Writer:
             )
             storage.prepared = moulds
         fetch = tensors.__getitem__
-        return [(size, mould.write, (fetch,)) for size, mould in moulds]
+        return [(size, mould.write, (fetch, look)) for size, mould in moulds]
 
 
-def looking(tasks: list[Task], look: Look, size: int) -> list[Task]:
+def _looking(tasks: list[Task], look: Look, size: int) -> list[Task]:
     """The tasks with a look at an equal share of a source of so many elements before each: it then is in the cache."""
     count = len(tasks)
     return [
@@ -132,7 +147,7 @@ def looking(tasks: list[Task], look: Look, size: int) -> list[Task]:
     ]
 
 
-def looks(look: Look, size: int) -> list[Task]:
+def alone(look: Look, size: int) -> list[Task]:
     """Tasks that only look at a source of so many elements."""
     return [(min(SPLIT, size - begin), look, (begin, min(size, begin + SPLIT))) for begin in range(0, size, SPLIT)]
 
