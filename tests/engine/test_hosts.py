@@ -71,7 +71,7 @@ def test_a_hundred_refits_use_few_sessions(name: str, monkeypatch: pytest.Monkey
         before, made = made, live.backend.derive(live.other(seed % 7), made)
     live.check(made, live.other(99 % 7))
     live.check(before, live.other(98 % 7))
-    assert next(pool._numbers) <= 4
+    assert next(pool._numbers) <= 3
     live.backend.close()
 
 
@@ -135,14 +135,13 @@ def test_memory_in_use_is_not_written() -> None:
 def test_a_spare_session_gives_its_memory_back_and_serves_again() -> None:
     live = Live("lstm")
     pool = pool_of(live)
-    made = live.backend.derive(live.weights)
-    del made
+    sets = [live.backend.derive(live.weights) for _ in range(3)]
+    sets.clear()
     gc.collect()
     assert pool.spare
     (first, *_) = [s.flat for name, s in pool.spare[-1].storages.items() if "@" in name]
     written = first.copy()
     pool.cool()
-    assert len(pool.spare) == 1
     assert first.tobytes() != written.tobytes()  # the file's again
     made = live.backend.derive(live.other(1))
     live.check(made, live.other(1))
@@ -165,6 +164,8 @@ def test_a_failed_derivation_leaves_nothing_half_written() -> None:
 def test_sessions_can_be_made_after_somebody_tidied_the_temporary_folder() -> None:
     live = Live("lstm")
     pool = pool_of(live)
+    pool.prepare()
+    assert pool._folder is not None
     shutil.rmtree(pool._folder.name)
     sets = [live.backend.derive(live.other(seed)) for seed in range(4)]
     for seed, made in enumerate(sets):
@@ -182,7 +183,9 @@ def test_closing_ends_the_thread() -> None:
     janitor.join(30)
     assert not janitor.is_alive()
     assert threading.active_count() <= before + 1  # the janitor of spare memory ends by itself
-    assert not Path(pool_of(live)._folder.name).exists()
+    folder = pool_of(live)._folder
+    assert folder is not None
+    assert not Path(folder.name).exists()
 
 
 def test_without_a_temporary_folder_there_are_two_tiers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,11 @@ def create(
     key = host_key(compiled, optimise=options.optimise, in_place=options.in_place)
     specialised = None if artefact is None else load(artefact, key)
     try:
-        return OnnxRuntimeBackend(compiled, specialised or specialise(compiled, options), options, key)
+        if specialised is None:
+            return OnnxRuntimeBackend(compiled, specialise(compiled, options), options, key)
+        backend = OnnxRuntimeBackend(compiled, specialised, options, key)
+        backend.prepare()  # what was proved when the artefact was made need not hold in this process
+        return backend
     except NoHostError as error:  # no temporary folder, say
         other = replace(options, in_place=False)
         key = host_key(compiled, optimise=options.optimise, in_place=False)
@@ -90,6 +94,11 @@ class OnnxRuntimeBackend:
         self._deadly = deadly_extents(compiled.activation, compiled.inputs)
         if specialised.second is not None:
             self._second = SecondTier(specialised.second, self._specs, options.threads)
+
+    def prepare(self) -> None:
+        """Make what the first weights need; NoHostError where sessions with writable weights cannot be made."""
+        if self._hosts is not None:
+            self._hosts.prepare()
 
     @property
     def name(self) -> str:

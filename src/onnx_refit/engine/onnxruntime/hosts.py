@@ -36,6 +36,7 @@ _PAGE = 4096
 _SPARE_SECONDS = 3.0
 _PATIENCE = 0.25  # seconds that a dying version has to leave its session to the next one
 _SPARES = 2
+_FIRST = 3
 _MADV_DONTNEED = 4
 
 
@@ -127,8 +128,8 @@ class Lease:
 class HostPool:
     """Makes hosts, and gives those of dead weight sets to new ones. Thread-safe.
 
-    One spare host is always there, or being made: a refit does not wait for a session. What it holds is given back to
-    the system after a few quiet seconds.
+    There are as many at once as two versions and a refit take, and later a spare one is there or being made: a refit
+    does not wait for a session. What spare ones hold is given back to the system after a few quiet seconds.
 
     Args:
         model: the graph; its weights are graph inputs.
@@ -154,15 +155,33 @@ class HostPool:
         self._janitor: threading.Thread | None = None
         self.closed = False
         self._lock = threading.Lock()
-        self._write()
-        self.spare.append(self.make())
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._places: Mapping[str, int] = {}
 
-    def _write(self) -> None:
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="onnx-refit-")
-            self._places = _write(self._model, self._packed, Path(self._folder.name))
-        except OSError as error:
-            raise NoHostError(f"no packed weights can be written to a temporary file ({error})") from error
+    def prepare(self) -> None:
+        """Make the first hosts, unless that is done.
+
+        In the caller's thread: what a session needs only while it is made stays in the C library's memory, which each
+        thread has of its own.
+
+        Raises:
+            NoHostError: none can be made here.
+        """
+        if self._folder is None:
+            self.spare += [self.make() for _ in range(_FIRST)]
+
+    def _write(self) -> Path:
+        """The folder of the files that sessions are made from; written if it is not there (any more)."""
+        with self._lock:
+            folder = None if self._folder is None else Path(self._folder.name)
+            if folder is None or not (folder / _FILE).exists():  # new, or somebody tidied the temporary folder
+                try:
+                    self._folder = tempfile.TemporaryDirectory(prefix="onnx-refit-")
+                    folder = Path(self._folder.name)
+                    self._places = _write(self._model, self._packed, folder)
+                except OSError as error:
+                    raise NoHostError(f"no packed weights can be written to a temporary file ({error})") from error
+            return folder
 
     def take(self) -> Lease:
         """A host nobody uses; what it holds is anything.
@@ -170,6 +189,7 @@ class HostPool:
         Raises:
             NoHostError: there is no spare one, and none can be made.
         """
+        self.prepare()
         try:
             host = self.spare.pop()
         except IndexError:
@@ -185,10 +205,7 @@ class HostPool:
 
     def make(self) -> Host:
         """A new host; NoHostError where ONNX Runtime does not map the file."""
-        with self._lock:
-            if not (Path(self._folder.name) / _FILE).exists():  # somebody tidied the temporary folder
-                self._write()
-            folder = Path(self._folder.name)
+        folder = self._write()
         own = folder / str(next(self._numbers))
         adopted = {spec.name: HostStorage(spec, np.zeros(spec.size, np.float32)) for spec in self._packed.adopted}
         options = session_options(self._threads)
@@ -225,13 +242,16 @@ class HostPool:
         return self._deadline - time.monotonic()
 
     def cool(self) -> None:
-        """Keep one spare host, and no memory of its packed weights."""
+        """Keep no memory of spare hosts' packed weights."""
+        hosts = []
         with contextlib.suppress(IndexError):
-            host = self.spare.pop()
-            self.spare.clear()
-            host.content.clear()
-            for block in self._packed.blocks:
-                _forget(host.storages[block.name].flat)
+            while True:
+                hosts.append(self.spare.pop())
+        for host in hosts:
+            if host.content:
+                host.content.clear()
+                for block in self._packed.blocks:
+                    _forget(host.storages[block.name].flat)
             self.spare.append(host)
         self.dead.clear()
 
@@ -242,7 +262,8 @@ class HostPool:
         self.spare.clear()
         self.dead.clear()
         with self._lock:
-            self._folder.cleanup()
+            if self._folder is not None:
+                self._folder.cleanup()
 
 
 def _attend(reference: weakref.ref[HostPool], changed: threading.Event) -> None:
@@ -367,7 +388,7 @@ def proved(model: onnx.ModelProto, packed: Packed) -> bool:
     try:
         pool = HostPool(nodes, alone, 1)
         try:
-            host = pool.spare.pop()
+            host = pool.make()
             for block in alone.blocks:
                 flat = weights[block.weight].reshape(-1)
                 host.storages[block.name].flat[:] = evaluate(block.recipe, {block.weight: flat}.__getitem__)
