@@ -7,10 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnx_refit.errors import InputError, VersionError
+from onnx_refit.errors import VersionError
 from onnx_refit.refit.live import Engine
 from onnx_refit.serve.batching import why_not_batchable
-from onnx_refit.serve.datatypes import datatype_of
+from onnx_refit.serve.describe import config, metadata
 from onnx_refit.serve.desk import RefitDesk
 from onnx_refit.serve.errors import DeadlineError, DrainingError
 from onnx_refit.serve.events import EventHub
@@ -20,9 +20,8 @@ from onnx_refit.serve.request import InferRequest, InferResponse
 from onnx_refit.serve.scheduler import Job, Scheduler
 from onnx_refit.serve.settings import Batching, Settings
 from onnx_refit.serve.traffic import TrafficSplit
-from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.tensors import Array
 
-PLATFORM = "onnx-refit"
 # A request with less time than this goes through the queue, which keeps deadlines to the microsecond.
 _HURRIED_SECONDS = 0.01
 
@@ -143,36 +142,11 @@ class ServedModel:
 
     def metadata(self, version: int | None = None) -> dict[str, Any]:
         """The protocol's model metadata; VersionError for a version that is not held."""
-        held = [info.number for info in self.engine.versions if info.held]
-        if version is not None and version not in held:
-            raise VersionError(f"version {version} is not held; held are {', '.join(map(str, held))}")
-        return {
-            "name": self.name,
-            "versions": [str(number) for number in held],
-            "platform": f"{PLATFORM}_{self.engine.plan.engine}",
-            "inputs": [_described(spec) for spec in self._original_inputs()],
-            "outputs": [_described(spec) for spec in self.engine.outputs],
-        }
+        return metadata(self.name, self.engine, version)
 
     def config(self) -> dict[str, Any]:
         """Triton's model configuration, as far as its clients and load generators read it."""
-        return {
-            "name": self.name,
-            "platform": f"{PLATFORM}_{self.engine.plan.engine}",
-            "backend": PLATFORM,
-            # Shapes are given whole, with their first dimension, as metadata gives them.
-            "max_batch_size": 0,
-            "input": [_configured(spec) for spec in self._original_inputs()],
-            "output": [_configured(spec) for spec in self.engine.outputs],
-        }
-
-    def _original_inputs(self) -> list[TensorSpec]:
-        """The inputs under the names and types the user's model had: strings where a vocabulary was taken out."""
-        strings = {vocabulary.output: vocabulary.input for vocabulary in self.engine.plan.preprocessors}
-        return [
-            TensorSpec(strings[spec.name], "string", spec.shape) if spec.name in strings else spec
-            for spec in self.engine.inputs
-        ]
+        return config(self.name, self.engine)
 
     @property
     def load(self) -> dict[str, Any]:
@@ -210,22 +184,6 @@ def _expire(future: asyncio.Future[Job], job: Job) -> None:
     if not future.done():
         job.cancelled = True
         future.set_exception(DeadlineError())
-
-
-def _shape(spec: TensorSpec) -> list[int]:
-    if spec.shape is None:
-        raise InputError(f"the rank of {spec.name!r} is not known")
-    return [dimension if isinstance(dimension, int) else -1 for dimension in spec.shape]
-
-
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": _shape(spec)}
-
-
-def _configured(spec: TensorSpec) -> dict[str, Any]:
-    datatype = datatype_of(spec.dtype)
-    name = "STRING" if datatype == "BYTES" else datatype
-    return {"name": spec.name, "data_type": f"TYPE_{name}", "dims": _shape(spec)}
 
 
 class ModelTable:

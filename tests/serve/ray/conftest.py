@@ -1,6 +1,7 @@
 """A real Ray cluster of four nodes, each with processes and an object store of its own, on this machine."""
 
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -14,6 +15,12 @@ ROOT = Path(__file__).resolve().parents[3]
 NODES = 4
 # CPUs are what Ray counts with, not what the machine has.
 NODE = {"num_cpus": 8, "object_store_memory": 80 << 20}
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +44,8 @@ def ray_cluster(tmp_path_factory):
     for _ in range(NODES - 1):
         cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False)
-    serve.start(proxy_location="Disabled")
+    cluster.http_port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": cluster.http_port})
     yield cluster
     serve.shutdown()
     ray.shutdown()

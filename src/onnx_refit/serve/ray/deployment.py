@@ -83,6 +83,7 @@ def deploy(
     store: str | os.PathLike[str],
     name: str = "onnx-refit",
     num_replicas: int = 2,
+    route_prefix: str | None = None,
     settings: ClusterSettings | None = None,
     weights: WeightsLike | None = None,
     coordinator_options: Mapping[str, Any] | None = None,
@@ -95,6 +96,7 @@ def deploy(
         store: see ``application``.
         name: name of the Serve application.
         num_replicas: how many replicas.
+        route_prefix: where Serve's HTTP proxies answer for it, over the Open Inference Protocol; None for nowhere.
         settings: more settings; their name is replaced by ``name``.
         weights: see ``application``.
         coordinator_options: see ``application``.
@@ -113,7 +115,7 @@ def deploy(
         num_replicas=num_replicas,
         **deployment_options,
     )
-    serve.run(made, name=name, route_prefix=None)
+    serve.run(made, name=name, route_prefix=route_prefix)
     return connect(name)
 
 

@@ -19,7 +19,7 @@ from onnx_refit.refit.check import CheckOptions
 from onnx_refit.serve.cluster.errors import ClusterError, Refusal, RefusalKind
 from onnx_refit.serve.cluster.messages import ClusterReport, RefitOrder
 from onnx_refit.serve.cluster.parcel import pack
-from onnx_refit.serve.ray.replica_deployment import Answered
+from onnx_refit.serve.ray.answers import Answered
 from onnx_refit.serve.ray.settings import DEPLOYMENT, NAMESPACE, coordinator_name
 from onnx_refit.serve.ray.transport import ship
 from onnx_refit.tensors import Array

@@ -7,12 +7,13 @@ import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from starlette.requests import Request
+from starlette.responses import Response
 
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.serve.cluster.coordinator import Welcome
@@ -21,32 +22,17 @@ from onnx_refit.serve.cluster.mailbox import Answer
 from onnx_refit.serve.cluster.messages import Member, Prepare, Publish
 from onnx_refit.serve.cluster.replica import Replica
 from onnx_refit.serve.logs import log
+from onnx_refit.serve.ray.answers import Answered
 from onnx_refit.serve.ray.coordinator_actor import Unknown
+from onnx_refit.serve.ray.http import respond
 from onnx_refit.serve.ray.process import here
 from onnx_refit.serve.ray.settings import NAMESPACE, ClusterSettings, coordinator_name
 from onnx_refit.serve.ray.transport import TRANSPORT, plan_from_bytes
-from onnx_refit.tensors import Array
+from onnx_refit.serve.request import InferRequest
 
 _POLL_SECONDS = 10.0
 _RETRY_SECONDS = 0.2
 _FENCE_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a replica answers a request with.
-
-    Attributes:
-        outputs: output name -> array.
-        version: the version that answered.
-        epoch: when that was published.
-        replica: who answered.
-    """
-
-    outputs: Mapping[str, Array]
-    version: int
-    epoch: int
-    replica: str
 
 
 class EngineReplica:
@@ -94,16 +80,29 @@ class EngineReplica:
         fence: int = 0,
     ) -> Answered | Refusal:
         """One inference; see ``Replica.infer``. What is wrong with it is returned, not raised."""
-        loop = asyncio.get_running_loop()
         try:
-            if fence > self._replica.target.epoch:
-                # On a thread of its own: the instances are for requests that can be answered.
-                await loop.run_in_executor(self._waiters, self._replica.wait_for, fence, _FENCE_SECONDS)
-            answer = await loop.run_in_executor(
-                self._workers, lambda: self._replica.infer(inputs, outputs, version=version)
-            )
+            return await self._infer(inputs, outputs, version, fence)
         except OnnxRefitError as error:
             return Refusal.of(error)
+
+    async def __call__(self, request: Request) -> Response:
+        """A request that came over HTTP."""
+
+        async def infer(asked: InferRequest, version: int | None, fence: int) -> Answered:
+            return await self._infer(asked.inputs, asked.output_names, version, fence)
+
+        return await respond(request, self._settings.name, self._replica.engine, infer)
+
+    async def _infer(
+        self, inputs: Mapping[str, object], outputs: Sequence[str] | None, version: int | None, fence: int
+    ) -> Answered:
+        loop = asyncio.get_running_loop()
+        if fence > self._replica.target.epoch:
+            # On a thread of its own: the instances are for requests that can be answered.
+            await loop.run_in_executor(self._waiters, self._replica.wait_for, fence, _FENCE_SECONDS)
+        answer = await loop.run_in_executor(
+            self._workers, lambda: self._replica.infer(inputs, outputs, version=version)
+        )
         return Answered(dict(answer), answer.version, answer.epoch, self._member.name)
 
     def check_health(self) -> None:
