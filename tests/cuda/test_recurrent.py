@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,26 @@ def test_the_library_runs_the_common_forms_only(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_which_hidden_sizes_the_kernels_take() -> None:
-    assert persistent.hidden_size_fits("LSTM", 100)
-    assert persistent.hidden_size_fits("LSTM", 112)
-    assert not persistent.hidden_size_fits("LSTM", 116), "its rows do not fit into the registers"
-    assert persistent.hidden_size_fits("LSTM", 51), "any size that fits"
-    assert persistent.hidden_size_fits("GRU", 128)
-    assert not persistent.hidden_size_fits("GRU", 132)
+    lone = partial(persistent.hidden_size_fits, major=8)
+    assert lone("LSTM", 100)
+    assert lone("LSTM", 112)
+    assert not lone("LSTM", 116), "its rows do not fit into the registers"
+    assert lone("LSTM", 51), "any size that fits"
+    assert lone("GRU", 128)
+    assert not lone("GRU", 132)
+    clusters = partial(persistent.hidden_size_fits, major=9)
+    assert clusters("LSTM", 256)
+    assert not clusters("LSTM", 257)
+    assert clusters("GRU", 320)
+
+
+@pytest.mark.parametrize(("sequences", "blocks"), [(1, 8), (16, 8), (17, 4), (33, 4), (34, 2), (64, 2), (5000, 2)])
+def test_few_sequences_are_spread_over_more_blocks(sequences: int, blocks: int) -> None:
+    shape = persistent.shape_for("LSTM", 100, sequences, 9, 132)
+    assert shape is not None
+    assert shape.blocks == blocks
+    assert shape.threads(100) % 32 == 0
+    assert shape.threads(100) >= -(-100 // blocks) * shape.lanes
 
 
 def sigmoid(a: Any) -> Any:
@@ -184,24 +199,34 @@ def test_the_kernels_arithmetic_emulated(
     assert ran == [kind]
 
 
-@pytest.mark.parametrize("name", ["lstm<3, 4>", "lstm<100, 4>", "gru<4, 4>", "gru<128, 4>"])
-def test_the_kernels_compile_for_hopper_without_spilling(name: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("recurrent.cu", "lstm<3, 4>"),
+        ("recurrent.cu", "lstm<100, 4>"),
+        ("recurrent.cu", "gru<128, 4>"),
+        ("recurrent_cluster.cu", "lstm_cluster<3, 4, 2>"),
+        ("recurrent_cluster.cu", "lstm_cluster<100, 8, 8>"),
+        ("recurrent_cluster.cu", "lstm_cluster<256, 8, 8>"),
+        ("recurrent_cluster.cu", "gru_cluster<320, 8, 8>"),
+        ("recurrent_cluster.cu", "gru_cluster<256, 4, 4>"),
+    ],
+)
+def test_the_kernels_compile_for_hopper_without_spilling(file: str, name: str) -> None:
     """NVRTC needs no GPU; skipped unless it is installed (``nvidia-cuda-nvrtc``)."""
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled(name, "sm_90"))
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled(file, name, "sm_90"))
     assert spills is not None
     assert spills.groups() == ("0", "0")
 
 
-def compiled(name: str, architecture: str) -> str:
+def compiled(file: str, name: str, architecture: str) -> str:
     found = [path for folder in sys.path for path in Path(folder).glob("nvidia/**/libnvrtc.so.*")]
     if not found:
         pytest.skip("NVRTC is not installed")
     nvrtc = ctypes.CDLL(str(found[0]))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert (
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), kernels.source("recurrent.cu").encode(), b"r.cu", 0, None, None)
-        == 0
-    )
+    source = kernels.source("recurrent_common.cu", file).encode()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"r.cu", 0, None, None) == 0
     nvrtc.nvrtcAddNameExpression(program, name.encode())
     options = [b"--std=c++17", f"--gpu-architecture={architecture}".encode(), b"--ptxas-options=-v"]
     status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))

@@ -138,19 +138,40 @@ class CudaBackend:
         The set owns copies, so whoever gave them may go on changing them once this returns.
         """
         self._check_open()
-        with self._refits, torch.no_grad(), on_device(self.device):
-            if base is None or changed is None:
-                arena = Arena(self._layout, self.device)
-                self._filler.fill(arena, sources, self._all)
-                self._finish()
-                return CudaWeightSet(dict.fromkeys(self._layout.slots, arena), 0)
-            wanted = affected(self._compiled.program, changed)
-            arena = Arena(self._part(wanted), self.device)
-            self._filler.fill(arena, sources, wanted)
+        with self._refits:
+            if not self._is_current():
+                with on_device(self.device):
+                    return self._derive(sources, base, changed)
+            return self._derive(sources, base, changed)
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors of this device, looked at once: what ``derive`` takes for refit after refit from the same tensors.
+
+        Their values may change between refits; their dtypes, shapes and order of elements must not.
+
+        Raises:
+            EngineError: one is missing, not dense, not on this device, or not of the declared dtype and shape.
+        """
+        return self._filler.bind(tensors)
+
+    def _derive(
+        self, sources: Mapping[str, Source], base: WeightSet | None, changed: frozenset[str] | None
+    ) -> CudaWeightSet:
+        if base is None or changed is None:
+            arena = Arena(self._layout, self.device)
+            self._filler.fill(arena, sources, self._all)
             self._finish()
+            return CudaWeightSet(arena)
+        wanted = affected(self._compiled.program, changed)
+        arena = Arena(self._part(wanted), self.device)
+        self._filler.fill(arena, sources, wanted)
+        self._finish()
         places = {**own(base).places, **dict.fromkeys(wanted, arena)}
         shared = sum(self._layout.slots[name].nbytes for name in places if name not in wanted)
-        return CudaWeightSet(places, shared)
+        return CudaWeightSet(arena, places, shared)
+
+    def _is_current(self) -> bool:
+        return self.device.type != "cuda" or bool(torch._C._cuda_getDevice() == self.device.index)
 
     def adopt(self, other: CudaWeightSet) -> CudaWeightSet:
         """A copy of another device's whole weight set (the same model and options), straight from device to device."""
@@ -165,7 +186,12 @@ class CudaBackend:
                 for name in self._layout.slots:
                     arena.raw(name).copy_(other.places[name].raw(name), non_blocking=True)
             self._finish()
-        return CudaWeightSet(dict.fromkeys(self._layout.slots, arena), 0)
+        return CudaWeightSet(arena)
+
+    def empty(self) -> Arena:
+        """Memory for a whole weight set, for a group to write."""
+        with on_device(self.device):
+            return Arena(self._layout, self.device)
 
     def _part(self, wanted: frozenset[str]) -> Layout:
         specs = [spec for spec in self._compiled.engine_weights if spec.name in wanted]
@@ -204,7 +230,7 @@ class CudaBackend:
 
     def _finish(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            kernels.synchronize(self.device)
 
 
 def own(weights: WeightSet) -> CudaWeightSet:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
-from onnx_refit.engine.cuda.gather import Batch, Part
+from onnx_refit.engine.cuda.families import Family, families, formulas, sources_of
+from onnx_refit.engine.cuda.gather import Copies, Looks, Part, Positions, Table
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.lowering.program import to_real
+from onnx_refit.engine.cuda.pinned import PinnedCopies, is_host
 from onnx_refit.engine.cuda.recipes import Recipes
 from onnx_refit.engine.cuda.upload import Uploader, from_dlpack
+from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.plan.evaluate import required
 from onnx_refit.tensors import TensorSpec
@@ -24,7 +26,27 @@ from onnx_refit.tensors import TensorSpec
 Source = Any
 """A source weight: a NumPy array, or anything with ``__dlpack__`` on any device (PyTorch, CuPy, JAX)."""
 
-_LARGE = 512 << 10  # bytes from which a copy engine is faster than a kernel that reads host memory
+
+class Bound(Mapping[str, Tensor]):
+    """Source weights on a device that were looked at once, for refit after refit from the same tensors.
+
+    Their values may change, and are read at each refit; their dtypes, shapes and order of elements must not.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], filler: Filler) -> None:
+        self._tensors = dict(tensors)
+        self.filler = filler
+        self.copied = [self._tensors[name] for name in filler.copied]
+        self.computed = [self._tensors[name] for name in filler.computed_from]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Filler:
@@ -36,6 +58,10 @@ class Filler:
         device: where the arenas are.
         real: the dtype that stands for float32.
         chunk: bytes of each pinned buffer, see ``Uploader``.
+
+    Attributes:
+        copied: source weights that are copied, in the order of their kernel's table.
+        computed_from: source weights that formulas read, in the order of theirs.
     """
 
     def __init__(self, compiled: CompiledModel, layout: Layout, device: Any, real: Any, chunk: int) -> None:
@@ -46,85 +72,127 @@ class Filler:
         self._recipes = Recipes(compiled, str(device))
         self._uploader = Uploader(device, chunk)
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
+        self._kernels = device.type == "cuda" and kernels.available()
         kept = [slot for slot in layout.plain if self._as_it_is(slot)]
-        self._direct = {slot.spec.name for slot in kept}
-        self._names = [str(slot.source) for slot in kept]
-        self._parts = [self._part(slot, slot.offset) for slot in kept]
-        self._rest = frozenset(layout.slots) - self._direct
+        self._direct = frozenset(slot.spec.name for slot in kept)
+        self.copied = [str(slot.source) for slot in kept]
+        self._parts = [self._part(name) for name in self.copied]
+        self._places = [slot.offset for slot in kept]
+        found = formulas(compiled) if self._kernels and real is torch.float32 else {}
+        self._formulas = {name: found[name] for name in found if layout.slots[name].source is None}
+        self.computed_from = sources_of(self._formulas)
+        self._looked: tuple[str, ...] | None = None
+        self._looks: tuple[Table, Looks] | None = None
 
     def _as_it_is(self, slot: Slot) -> bool:
         return self._specs[str(slot.source)].nbytes == slot.nbytes
 
-    def _part(self, slot: Slot, to: int) -> Part:
-        spec = self._specs[str(slot.source)]
-        return Part(torch_dtype(spec.dtype, spec.name), spec.static_shape, spec.nbytes, to)
+    def _part(self, name: str) -> Part:
+        spec = self._specs[name]
+        return Part(torch_dtype(spec.dtype, name), spec.static_shape, spec.nbytes)
 
     @cached_property
-    def _batch(self) -> Batch | None:
-        """All weights that are copies, by one kernel; None without a GPU or CuPy."""
-        return Batch(self._parts, self._device) if self._device.type == "cuda" and kernels.available() else None
+    def _table(self) -> Table:
+        return Table(self._parts, self._device)
 
     @cached_property
-    def _small(self) -> Batch | None:
-        """The small ones of them."""
-        parts = [part for part in self._parts if part.nbytes < _LARGE]
-        return Batch(parts, self._device) if self._device.type == "cuda" and kernels.available() else None
+    def _copies(self) -> Copies:
+        """All weights that are copies, by one kernel."""
+        return Copies(self._table, list(enumerate(self._places)))
+
+    @cached_property
+    def _pinned(self) -> PinnedCopies:
+        return PinnedCopies(self._parts, self._places, self._device)
+
+    @cached_property
+    def _pinned_staging(self) -> PinnedCopies:
+        places = [self._staging.slots[name].offset for name in self.computed_from]
+        return PinnedCopies([self._part(name) for name in self.computed_from], places, self._device)
+
+    @cached_property
+    def _computed_table(self) -> Table:
+        return Table([self._part(name) for name in self.computed_from], self._device)
+
+    @cached_property
+    def _families(self) -> list[Family]:
+        places = {name: self._layout.slots[name].offset for name in self._formulas}
+        index = {name: row for row, name in enumerate(self.computed_from)}
+        return families(self._formulas, places, self._computed_table, index)
+
+    @cached_property
+    def _staging(self) -> Layout:
+        """Of source weights that formulas read, where they do not lie on the device."""
+        return Layout([self._specs[name] for name in self.computed_from], torch.float32)
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Bound:
+        """Look at tensors of this device once, for many refits.
+
+        Raises:
+            EngineError: one is missing, not dense, not on this device, or not of the declared dtype and shape.
+        """
+        for name, spec in self._specs.items():
+            tensor = tensors.get(name)
+            if tensor is None:
+                raise EngineError("it is missing", where=name)
+            from_dlpack(tensor, spec)
+            if tensor.device != self._device or not tensor.is_contiguous():
+                raise EngineError(f"only dense tensors on {self._device} can be bound", where=name)
+        return Bound(tensors, self)
 
     def fill(self, arena: Arena, sources: Mapping[str, Source], wanted: frozenset[str]) -> None:
         """Enqueue everything that makes the wanted engine weights in an arena, on the current stream.
 
         Args:
             arena: holds at least the wanted weights.
-            sources: source weight name -> its value.
+            sources: source weight name -> its value; ``Bound`` ones are not looked at again.
             wanted: engine weights.
 
         Raises:
             EngineError: a source has another dtype or shape than the plan declares, or an operator failed.
         """
-        if arena.layout is self._layout and self._direct and self._all_at_once(arena, sources):
-            wanted = self._rest
+        if self._kernels and arena.layout is self._layout:
+            bound = sources if isinstance(sources, Bound) and sources.filler is self else None
+            if self._direct and self._copy_all(arena, sources, bound):
+                wanted = wanted - self._direct
+            if self._formulas:
+                self._compute_all(arena, sources, bound)
+                wanted = wanted - self._formulas.keys()
         if wanted:
-            self._one_by_one(arena, sources, wanted)
+            with torch.no_grad():
+                self._one_by_one(arena, sources, wanted)
 
-    def _all_at_once(self, arena: Arena, sources: Mapping[str, Source]) -> bool:
+    def _copy_all(self, arena: Arena, sources: Mapping[str, Source], bound: Bound | None) -> bool:
         """Copy every weight that is a copy, if they all lie on this device or all in pinned memory."""
-        batch = self._batch
-        if batch is None:
-            return False
-        values = [sources[name] for name in self._names]
-        if batch.fits(values):
-            if not batch.aligned([value.data_ptr() for value in values]):
+        values = list(map(sources.__getitem__, self.copied)) if bound is None else bound.copied
+        if bound is not None or self._table.fits(values):
+            if not self._table.note(values):
                 return False
-            batch.copy(arena.storage)
+            self._copies.enqueue(arena.storage)
             return True
-        pinned = self._pinned(values)
-        if pinned is None:
-            return False
-        small = [value for value, part in zip(pinned, self._parts, strict=True) if part.nbytes < _LARGE]
-        if self._small is None or not self._small.aligned([value.data_ptr() for value in small]):
-            return False
-        self._small.copy(arena.storage)
-        for value, part in zip(pinned, self._parts, strict=True):
-            if part.nbytes >= _LARGE:
-                arena.storage[part.to : part.to + part.nbytes].view(part.dtype).copy_(value.view(-1), non_blocking=True)
-        return True
+        return self._pinned.enqueue(arena.storage, values)
 
-    def _pinned(self, values: Sequence[Source]) -> list[Tensor] | None:
-        """The values as dense tensors in pinned memory; None if one of them is none."""
-        found = []
-        for value, part in zip(values, self._parts, strict=True):
-            if is_host(value):
-                if not (value.flags.writeable and value.flags.c_contiguous) or part.dtype is torch.bfloat16:
-                    return None
-                value = torch.from_numpy(value)
-            elif not isinstance(value, torch.Tensor):
-                return None
-            if value.dtype is not part.dtype or tuple(value.shape) != part.shape or not value.is_contiguous():
-                return None
-            if value.is_cuda or not value.is_pinned():
-                return None
-            found.append(value)
-        return found
+    def _compute_all(self, arena: Arena, sources: Mapping[str, Source], bound: Bound | None) -> None:
+        """Compute every weight that is a formula, by one kernel a formula."""
+        values = list(map(sources.__getitem__, self.computed_from)) if bound is None else bound.computed
+        table = self._computed_table
+        if not ((bound is not None or table.fits(values)) and table.note(values)):
+            table.note(self._staged(values))
+        for family in self._families:
+            family.enqueue(arena.storage)
+
+    def _staged(self, values: Sequence[Source]) -> list[Tensor]:
+        """Source weights from anywhere, on the device."""
+        staging = Arena(self._staging, self._device)
+        if self._pinned_staging.enqueue(staging.storage, values):
+            return [staging.raw(name) for name in self.computed_from]
+        named = dict(zip(self.computed_from, values, strict=True))
+        hosted = {name: _host_bytes(v, self._specs[name]) for name, v in named.items() if _on_host(v)}
+        with torch.no_grad():
+            self._uploader.fill(staging, hosted)
+            for name, value in named.items():
+                if name not in hosted:
+                    staging.view(name).copy_(from_dlpack(value, self._specs[name]), non_blocking=True)
+        return [staging.raw(name) for name in named]
 
     def _one_by_one(self, arena: Arena, sources: Mapping[str, Source], wanted: frozenset[str]) -> None:
         slots = [arena.layout.slots[name] for name in wanted]
@@ -165,29 +233,27 @@ class Filler:
 
     # ------------------------------------------------------------------ looking at weights where they are
 
-    def look(
-        self, values: Mapping[str, Tensor], positions: Callable[[int], npt.NDArray[np.int64]]
-    ) -> tuple[list[bool], list[bytes]]:
-        """Whether source weights on this device are finite, and some of their elements; see ``Batch.look``.
+    def look(self, values: Mapping[str, Tensor], positions: Positions) -> tuple[list[bool], list[bytes]]:
+        """Whether source weights on this device are finite, and some of their elements; waits for the device.
 
         Args:
             values: source weight name -> dense tensor on this device, of the declared dtype and shape.
-            positions: number of elements -> positions to give.
+            positions: which elements to give; the same function at every call.
         """
-        names, tensors = list(values), list(values.values())
-        batch = self._batch if names == self._names else None
-        if batch is None and self._device.type == "cuda" and kernels.available():
-            specs = [self._specs[name] for name in names]
-            parts = [Part(torch_dtype(s.dtype, s.name), s.static_shape, s.nbytes, 0) for s in specs]
-            batch = Batch(parts, self._device)
-        if batch is not None and batch.aligned([tensor.data_ptr() for tensor in tensors]):
-            return batch.look(positions)
-        return _look_one_by_one(tensors, positions)
+        names, tensors = tuple(values), list(values.values())
+        if self._kernels:
+            if self._looked != names:
+                table = Table([self._part(name) for name in names], self._device)
+                self._looked, self._looks = names, (table, Looks(table, positions))
+            assert self._looks is not None
+            table, looks = self._looks
+            if table.note(tensors):
+                return looks.run()
+        with torch.no_grad():
+            return _look_one_by_one(tensors, positions)
 
 
-def _look_one_by_one(
-    tensors: Sequence[Tensor], positions: Callable[[int], npt.NDArray[np.int64]]
-) -> tuple[list[bool], list[bytes]]:
+def _look_one_by_one(tensors: Sequence[Tensor], positions: Positions) -> tuple[list[bool], list[bytes]]:
     finite = [bool(torch.isfinite(tensor).all()) for tensor in tensors]
     samples = []
     for tensor in tensors:
@@ -195,11 +261,6 @@ def _look_one_by_one(
         taken = tensor.reshape(-1)[at].cpu()
         samples.append(taken.view(torch.uint8).numpy().tobytes())
     return finite, samples
-
-
-def is_host(value: Source) -> bool:
-    """Whether a value is a NumPy array."""
-    return hasattr(value, "flags") and hasattr(value, "ctypes")
 
 
 def _on_host(value: Source) -> bool:

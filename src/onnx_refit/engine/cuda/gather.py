@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.lowering.operators import Tensor
 
-_FILE = "gather.cu"
+_FILES = ("gather.cu",)
 _PIECE = np.dtype([("tensor", "<u4"), ("nbytes", "<u4"), ("from", "<u8"), ("to", "<u8")])
 _PIECE_NBYTES = 32 << 10
 _THREADS = 256
@@ -21,20 +22,24 @@ _ALIGNMENT = 16  # bytes, of every source
 _KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
 _SAMPLES = 32
 _WIDEST = 8  # bytes of an element
+_TENSORS = {torch.Tensor, torch.nn.Parameter}
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+
+Positions = Callable[[int], npt.NDArray[np.int64]]
+"""Number of elements -> up to 32 positions."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a batch: its bytes, and where a copy of it goes."""
+    """What is expected of one tensor: PyTorch's dtype, shape and bytes."""
 
     dtype: Any
     shape: tuple[int, ...]
     nbytes: int
-    to: int
 
 
-class Batch:
-    """Tensors of given shapes that are copied or looked at together, again and again. Not thread-safe.
+class Table:
+    """The addresses of tensors of given shapes, on a GPU. Not thread-safe.
 
     Args:
         parts: what is expected of each tensor.
@@ -43,90 +48,118 @@ class Batch:
 
     def __init__(self, parts: Sequence[Part], device: Any) -> None:
         self.device = device
+        self.parts = parts
+        self._devices = {device.index}
         self._dtypes = [part.dtype for part in parts]
         self._shapes = [torch.Size(part.shape) for part in parts]
-        pieces = cut(parts)
-        self._count = len(pieces)
-        self._pieces = _upload(pieces, device)
-        self._pointers: list[int] = []
-        self._table: Any = None
-        self._parts = parts
-        self._looking: tuple[Tensor, Tensor] | None = None
+        self._pointers: list[int] | None = None
+        self._there: Any = None
 
     def fits(self, tensors: Sequence[Any]) -> bool:
-        """Whether these are dense tensors of the expected dtypes and shapes where the device can read them fast."""
+        """Whether these are dense tensors of the expected dtypes and shapes on the device."""
+        # Loops in C where possible: this is what a refit of many small tensors consists of.
         return (
-            all(type(tensor) in _TENSORS for tensor in tensors)
-            and [tensor.shape for tensor in tensors] == self._shapes
-            and [tensor.dtype for tensor in tensors] == self._dtypes
-            and False not in [tensor.is_contiguous() for tensor in tensors]
-            and {tensor.get_device() for tensor in tensors} <= {self.device.index}
+            set(map(type, tensors)) <= _TENSORS
+            and list(map(_DTYPE, tensors)) == self._dtypes
+            and set(map(torch.Tensor.get_device, tensors)) <= self._devices
+            and False not in map(torch.Tensor.is_contiguous, tensors)
+            and list(map(_SHAPE, tensors)) == self._shapes
         )
 
-    def aligned(self, pointers: list[int]) -> bool:
-        """Whether all addresses allow wide loads; takes note of them for ``copy``."""
+    def note(self, tensors: Sequence[Any]) -> bool:
+        """Take the addresses of these for the next kernels; False if one does not allow wide loads."""
+        pointers = list(map(torch.Tensor.data_ptr, tensors))
         if pointers != self._pointers:
             table = np.array(pointers, np.uint64)
             if (np.bitwise_or.reduce(table) if len(table) else 0) % _ALIGNMENT:
                 return False
-            self._table = torch.from_numpy(table.view(np.int64)).to(self.device)
+            self._there = torch.from_numpy(table.view(np.int64)).to(self.device)
             self._pointers = pointers
         return True
 
-    def copy(self, storage: Tensor) -> None:
-        """Enqueue the copy of the tensors whose addresses were given last into a storage, each to its place."""
-        if self._count:
-            function = kernels.kernel(_FILE, "gather", self.device.index)
-            arguments = (self._table.data_ptr(), self._pieces.data_ptr(), storage.data_ptr())
-            kernels.launch(function, self.device, (self._count,), (_THREADS,), arguments)
+    @property
+    def address(self) -> int:
+        """Of the addresses on the device."""
+        return int(self._there.data_ptr())
 
-    def look(self, positions: Callable[[int], npt.NDArray[np.int64]]) -> tuple[list[bool], list[bytes]]:
-        """Whether each tensor is finite, and the bytes of its elements at some positions; waits for the device.
 
-        Args:
-            positions: number of elements -> up to 32 positions.
-        """
-        count = len(self._parts)
-        where = [positions(int(np.prod(part.shape))) for part in self._parts]
-        if self._looking is None:
-            table = np.full((count, _SAMPLES), -1, np.int64)
-            for row, chosen in zip(table, where, strict=True):
-                row[: len(chosen)] = chosen
-            kinds = np.array([[_KINDS.get(part.dtype, 0), part.dtype.itemsize] for part in self._parts], np.int32)
-            self._looking = (_upload(table, self.device), _upload(np.ascontiguousarray(kinds.T), self.device))
-        at, kinds_there = self._looking
-        picked = count * _SAMPLES * _WIDEST
-        found = torch.zeros(picked + 4 * count, dtype=torch.uint8, device=self.device)
-        table_at = self._table.data_ptr()
+class Copies:
+    """Copies of tensors of a table to fixed places of a storage.
+
+    Args:
+        table: the tensors.
+        places: which of them goes where: index in the table, bytes from the storage's beginning.
+    """
+
+    def __init__(self, table: Table, places: Sequence[tuple[int, int]]) -> None:
+        self._table = table
+        pieces = cut(table.parts, places)
+        self._count = len(pieces)
+        self._pieces = upload(pieces, table.device)
+        self._kernel = kernels.kernel(_FILES, "gather", table.device.index)
+
+    def enqueue(self, storage: Tensor) -> None:
+        """Copy the tensors noted last."""
         if self._count:
-            arguments = (table_at, self._pieces.data_ptr(), kinds_there.data_ptr(), found.data_ptr() + picked)
-            function = kernels.kernel(_FILE, "look", self.device.index)
-            kernels.launch(function, self.device, (self._count,), (_THREADS,), arguments)
-        arguments = (table_at, kinds_there.data_ptr() + 4 * count, at.data_ptr(), found.data_ptr())
-        function = kernels.kernel(_FILE, "pick", self.device.index)
-        kernels.launch(function, self.device, (count,), (_SAMPLES,), arguments)
+            arguments = (self._table.address, self._pieces.data_ptr(), storage.data_ptr())
+            kernels.launch(self._kernel, self._table.device, (self._count,), (_THREADS,), arguments)
+
+
+class Looks:
+    """Looks at all tensors of a table: are they finite, and what are a few of their elements.
+
+    Args:
+        table: the tensors.
+        positions: which elements to give.
+    """
+
+    def __init__(self, table: Table, positions: Positions) -> None:
+        self._table = table
+        device, parts = table.device, table.parts
+        pieces = cut(parts, [(index, 0) for index in range(len(parts))])
+        self._count = len(pieces)
+        self._pieces = upload(pieces, device)
+        self._lengths = []
+        chosen = np.full((len(parts), _SAMPLES), -1, np.int64)
+        for row, part in zip(chosen, parts, strict=True):
+            at = positions(int(np.prod(part.shape)))
+            row[: len(at)] = at
+            self._lengths.append(len(at))
+        self._positions = upload(chosen, device)
+        self._kinds = upload(np.array([_KINDS.get(part.dtype, 0) for part in parts], np.int32), device)
+        self._sizes = upload(np.array([part.dtype.itemsize for part in parts], np.int32), device)
+        self._look = kernels.kernel(_FILES, "look", device.index)
+        self._pick = kernels.kernel(_FILES, "pick", device.index)
+
+    def run(self) -> tuple[list[bool], list[bytes]]:
+        """Of the tensors noted last: whether each is finite, and the bytes of its chosen elements. Waits."""
+        device, parts, address = self._table.device, self._table.parts, self._table.address
+        picked = len(parts) * _SAMPLES * _WIDEST
+        found = torch.zeros(picked + 4 * len(parts), dtype=torch.uint8, device=device)
+        if self._count:
+            arguments = (address, self._pieces.data_ptr(), self._kinds.data_ptr(), found.data_ptr() + picked)
+            kernels.launch(self._look, device, (self._count,), (_THREADS,), arguments)
+        arguments = (address, self._sizes.data_ptr(), self._positions.data_ptr(), found.data_ptr())
+        kernels.launch(self._pick, device, (len(parts),), (_SAMPLES,), arguments)
         host = found.cpu().numpy()
-        flags = host[picked:].view(np.int32)
-        elements = host[:picked].reshape(count, _SAMPLES, _WIDEST)
+        elements = host[:picked].reshape(len(parts), _SAMPLES, _WIDEST)
         samples = [
-            row[: len(chosen), : part.dtype.itemsize].tobytes()
-            for row, chosen, part in zip(elements, where, self._parts, strict=True)
+            row[:length, : part.dtype.itemsize].tobytes()
+            for row, length, part in zip(elements, self._lengths, parts, strict=True)
         ]
-        return [not flag for flag in flags.tolist()], samples
+        return [not flag for flag in host[picked:].view(np.int32).tolist()], samples
 
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-
-def cut(parts: Sequence[Part]) -> npt.NDArray[Any]:
-    """The pieces of all tensors, as the kernels read them."""
+def cut(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> npt.NDArray[Any]:
+    """The pieces of tensors that go to these places, as the kernels read them."""
     pieces = [
-        (index, min(_PIECE_NBYTES, part.nbytes - begin), begin, part.to + begin)
-        for index, part in enumerate(parts)
-        for begin in range(0, part.nbytes, _PIECE_NBYTES)
+        (index, min(_PIECE_NBYTES, parts[index].nbytes - begin), begin, to + begin)
+        for index, to in places
+        for begin in range(0, parts[index].nbytes, _PIECE_NBYTES)
     ]
     return np.array(pieces, _PIECE)
 
 
-def _upload(array: npt.NDArray[Any], device: Any) -> Tensor:
-    return torch.from_numpy(array.reshape(-1).view(np.uint8)).to(device)
+def upload(array: npt.NDArray[Any], device: Any) -> Tensor:
+    """The bytes of an array on a device."""
+    return torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).to(device)

@@ -1,7 +1,7 @@
 """One model on several GPUs as one engine: refitted in two phases, so that no GPU serves what another lacks.
 
 ``derive`` is the first phase: a weight set exists only if every device has its own. The second is the transaction's
-flip of one reference, the same for all devices. Written for any number of devices, **not run** on more than one GPU.
+flip of one reference, the same for all devices.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from onnx_refit.engine.cuda.backend import CudaBackend
 from onnx_refit.engine.cuda.filling import Source
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import FullSpeed, Inspector, WeightSet
 from onnx_refit.engine.single_tier import SingleTier
 from onnx_refit.errors import EngineError
-from onnx_refit.plan.compiled import Decision
+from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.tensors import Array, TensorSpec
 
 
@@ -51,6 +53,8 @@ class CudaGroup:
         self._members = tuple(members)
         self._in_flight = [0] * len(members)
         self._lock = threading.Lock()
+        self._nccl = True
+        self._notes: list[Decision] = []
         self._pool = ThreadPoolExecutor(len(members), thread_name_prefix="onnx-refit-group")
 
     @property
@@ -71,7 +75,8 @@ class CudaGroup:
     @property
     def decisions(self) -> Sequence[Decision]:
         """What the devices decided; the same for devices of one kind."""
-        return tuple(dict.fromkeys(decision for member in self._members for decision in member.decisions))
+        own = dict.fromkeys(decision for member in self._members for decision in member.decisions)
+        return (*own, *self._notes)
 
     def required(self, changed: frozenset[str]) -> frozenset[str]:
         """See ``Backend.required``."""
@@ -95,9 +100,8 @@ class CudaGroup:
     ) -> GroupWeightSet:
         """A weight set on every device, or none.
 
-        A full set is made on one device and copied to the others, device to device, in a doubling tree: each device
-        that has it passes it on, so n devices take the time of log2(n) copies. A partial one is small: every device
-        makes its own.
+        A full set is made on one device and goes to the others in one piece, by NCCL's broadcast; where that is not to
+        be had, in a doubling tree of copies from device to device. A partial one is small: every device makes its own.
 
         Raises:
             EngineError: a device failed; no set exists, and no device serves anything new.
@@ -109,13 +113,36 @@ class CudaGroup:
                 for member, held in zip(self._members, bases, strict=True)
             ]
             return GroupWeightSet(_all(jobs))
-        made: list[CudaWeightSet] = [self._members[0].derive(sources)]
+        first = self._members[0].derive(sources)
+        return GroupWeightSet(self._broadcast(first) or self._passed_on(first))
+
+    def _broadcast(self, first: CudaWeightSet) -> list[CudaWeightSet] | None:
+        """The first device's set on all devices, by NCCL; None where it cannot."""
+        arenas = [first.arena, *(member.empty() for member in self._members[1:])]
+        storages = [arena.storage for arena in arenas]
+        if not self._nccl or not all(storage.is_cuda for storage in storages):
+            return None
+        if len({storage.device for storage in storages}) < len(storages) or not torch.cuda.nccl.is_available(storages):
+            return None
+        try:
+            torch.cuda.nccl.broadcast(storages)
+            for storage in storages:
+                torch.cuda.current_stream(storage.device).synchronize()
+        except RuntimeError as error:
+            self._nccl = False
+            self._notes.append(Decision("group", "broadcast weights with NCCL", Verdict.REJECTED, str(error)))
+            return None
+        return [first, *(CudaWeightSet(arena) for arena in arenas[1:])]
+
+    def _passed_on(self, first: CudaWeightSet) -> list[CudaWeightSet]:
+        """The same by copies: each device that has it passes it on, so n devices take the time of log2(n) copies."""
+        made = [first]
         while len(made) < len(self._members):
             wave = range(len(made), min(2 * len(made), len(self._members)))
             have = len(made)
             jobs = [self._pool.submit(self._members[index].adopt, made[index - have]) for index in wave]
             made.extend(_all(jobs))
-        return GroupWeightSet(made)
+        return made
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

@@ -23,36 +23,58 @@ def available() -> bool:
     return True
 
 
-def source(file: str) -> str:
-    """The CUDA source of a file of this package."""
-    return files("onnx_refit.engine.cuda").joinpath(file).read_text()
+def source(*names: str) -> str:
+    """The CUDA source of some files of this package, one after the other."""
+    folder = files("onnx_refit.engine.cuda")
+    return "\n".join(folder.joinpath(name).read_text() for name in names)
 
 
 @cache
-def kernel(file: str, name: str, device: int) -> Any:
-    """A compiled kernel of a file; ``name`` is the instance, ``"lstm<100>"``.
+def kernel(files: tuple[str, ...], name: str, device: int) -> Any:
+    """A compiled kernel; ``name`` is the instance, ``"lstm<100, 4>"``.
 
     Args:
-        file: the source, ``"recurrent.cu"``.
+        files: the sources, read as one: ``("recurrent_common.cu", "recurrent.cu")``.
         name: of the kernel, with template arguments.
         device: index of the GPU to compile for and to load it on.
     """
+    return compiled(source(*files), name, device)
+
+
+@cache
+def compiled(code: str, name: str, device: int, *, fused: bool = True) -> Any:
+    """A compiled kernel of a text.
+
+    Args:
+        code: the source.
+        name: of the kernel.
+        device: index of the GPU.
+        fused: whether a product and a sum may be rounded once; without it, results are those of single operators.
+    """
     cupy = _cupy()
+    options = ("--std=c++17", f"--fmad={'true' if fused else 'false'}")
     with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=source(file), options=("--std=c++17",), name_expressions=[name])
-        return module.get_function(name)
+        module = cupy.RawModule(code=code, options=options, name_expressions=[name])
+        return module.get_function(name).kernel
 
 
 def launch(function: Any, device: Any, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
     """Enqueue a kernel on PyTorch's current stream of a device; pointers are plain numbers."""
-    cupy = _cupy()
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if stream == cupy.cuda.get_current_stream().ptr and cupy.cuda.runtime.getDevice() == device.index:
+    cupy, index = _cupy(), device.index or 0
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if stream == cupy.cuda.get_current_stream().ptr and torch._C._cuda_getDevice() == index:
         function(grid, block, arguments)
         return
-    index = device.index or 0
     with cupy.cuda.Device(index), _external(stream, index):
         function(grid, block, arguments)
+
+
+def synchronize(device: Any) -> None:
+    """Wait for PyTorch's current stream of a device."""
+    if available():
+        _cupy().cuda.runtime.streamSynchronize(torch._C._cuda_getCurrentRawStream(device.index or 0))
+    else:
+        torch.cuda.current_stream(device).synchronize()
 
 
 @cache
@@ -71,6 +93,7 @@ class _Handle:
         return 0, self._pointer
 
 
+@cache
 def _cupy() -> Any:
     try:
         return importlib.import_module("cupy")

@@ -83,7 +83,7 @@ def _view(
     chain = []
     while name in makers:
         node = makers[name]
-        if node.op_type not in _STEPS or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in STEPS or node.domain not in ("", "ai.onnx"):
             return None
         chain.append(node)
         name = node.input[0]
@@ -97,7 +97,7 @@ def _view(
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         values = [[int(v) for v in onnx.numpy_helper.to_array(a).reshape(-1)] for a in arguments if a is not None]
         try:
-            tensor = _STEPS[node.op_type](tensor, attributes, values)
+            tensor = STEPS[node.op_type](tensor, attributes, values)
         except (RuntimeError, ValueError, IndexError):  # no view of that shape exists
             return None
     return Plain(name, tuple(tensor.stride()))
@@ -127,7 +127,8 @@ def _unsqueeze(x: Any, attributes: Mapping[str, Any], values: list[list[int]]) -
     return x
 
 
-_STEPS = {
+# Operators that only look at a tensor differently: (tensor, attributes, values of the other operands) -> view.
+STEPS: dict[str, Any] = {
     "Identity": lambda x, attributes, values: x,
     "Transpose": _transpose,
     "Reshape": _reshape,

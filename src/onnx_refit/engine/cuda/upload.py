@@ -50,16 +50,37 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_THREADS, thread_name_prefix="onnx-refit-upload")
 
 
-def _copy(target: Array, part: Array) -> None:
+Copy = tuple[Array, Array]
+"""Bytes to write, and the bytes to write there."""
+
+
+def _copy(copies: list[Copy]) -> None:
     """Copy bytes within the host, by several threads where there are many: one cannot keep up with the bus."""
-    if len(part) < _SPLIT or _THREADS == 1:
-        np.copyto(target, part)
+    total = sum(len(part) for _, part in copies)
+    if total < _SPLIT or _THREADS == 1:
+        for target, part in copies:
+            np.copyto(target, part)
         return
-    step = -(-len(part) // _THREADS)
-    begins = range(0, len(part), step)
-    jobs = [_pool().submit(np.copyto, target[b : b + step], part[b : b + step]) for b in begins]
-    for job in jobs:
-        job.result()
+    share = -(-total // _THREADS)
+    jobs: list[list[Copy]] = [[]]
+    left = share
+    for target, part in copies:
+        begin = 0
+        while begin < len(part):
+            size = min(left, len(part) - begin)
+            jobs[-1].append((target[begin : begin + size], part[begin : begin + size]))
+            begin += size
+            left -= size
+            if not left:
+                jobs.append([])
+                left = share
+    for done in [_pool().submit(_copy_all, job) for job in jobs if job]:
+        done.result()
+
+
+def _copy_all(copies: list[Copy]) -> None:
+    for target, part in copies:
+        np.copyto(target, part)
 
 
 class Uploader:
@@ -104,6 +125,8 @@ class Uploader:
         while pending:
             begin = pending[0][0]
             buffer, turn = self._buffer()
+            memory = buffer.numpy()
+            copies: list[Copy] = []
             end = begin
             while pending and pending[0][0] < begin + self._chunk:
                 offset, data = pending[0]
@@ -111,12 +134,13 @@ class Uploader:
                     break  # a gap that is not worth sending
                 room = begin + self._chunk - offset
                 part = data[:room]
-                _copy(buffer.numpy()[offset - begin : offset - begin + len(part)], part)
+                copies.append((memory[offset - begin : offset - begin + len(part)], part))
                 end = offset + len(part)
                 pending.pop(0)
                 if len(part) < len(data):
                     pending.insert(0, (end, data[room:]))
                     break
+            _copy(copies)
             arena.storage[begin:end].copy_(buffer[: end - begin], non_blocking=self._pinned)
             if self._events[turn] is not None:
                 self._events[turn].record()
@@ -131,7 +155,7 @@ class Uploader:
         for begin in range(0, array.nbytes, self._chunk):
             part = data[begin : begin + self._chunk]
             buffer, turn = self._buffer()
-            _copy(buffer.numpy()[: len(part)], part)
+            _copy([(buffer.numpy()[: len(part)], part)])
             flat[begin : begin + len(part)].copy_(buffer[: len(part)], non_blocking=self._pinned)
             if self._events[turn] is not None:
                 self._events[turn].record()

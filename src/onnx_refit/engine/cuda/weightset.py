@@ -19,16 +19,29 @@ class CudaWeightSet:
     A set that replaces everything has an arena of its own; one that replaces a part has a small arena and shares the
     rest with the set it was derived from.
 
+    Args:
+        arena: what this set made itself.
+        places: engine weight name -> the arena that holds it; None where it is this one for all.
+        shared_nbytes: bytes of the others.
+
     Attributes:
         serial: a number that no other set of the process has.
-        places: engine weight name -> the arena that holds it.
+        arena: what this set made itself.
     """
 
-    def __init__(self, places: Mapping[str, Arena], shared_nbytes: int) -> None:
+    def __init__(self, arena: Arena, places: Mapping[str, Arena] | None = None, shared_nbytes: int = 0) -> None:
         self.serial = next(_serials)
-        self.places = places
+        self.arena = arena
+        self._places = places
         self._shared = shared_nbytes
         self._full_speed = SingleTier()
+
+    @property
+    def places(self) -> Mapping[str, Arena]:
+        """Engine weight name -> the arena that holds it."""
+        if self._places is None:
+            self._places = dict.fromkeys(self.arena.layout.slots, self.arena)
+        return self._places
 
     def view(self, name: str) -> Tensor:
         """An engine weight on the device."""

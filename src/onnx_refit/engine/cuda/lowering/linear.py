@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from onnx_refit.engine.cuda.lowering import tuning
 from onnx_refit.engine.cuda.lowering.operators import Node, Tensor, operator
 from onnx_refit.errors import EngineError
 
@@ -75,7 +76,60 @@ def conv(node: Node, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
     symmetric = all(before == after for before, after in pads)
     padding = [before for before, _ in pads] if symmetric else [0] * rank
     x = x if symmetric else _padded(x, pads)
-    return _by_rank(node, _CONVOLUTIONS, rank)(x, w, bias, strides, padding, steps, node.get("group", 1))
+    group = node.get("group", 1)
+    function = _by_rank(node, _CONVOLUTIONS, rank)
+    if not x.is_cuda or rank != 2 or group != 1 or bias is not None:
+        return function(x, w, bias, strides, padding, steps, group)
+    ways = _convolutions(x, w, strides, padding, steps)
+    key = ("convolution", *x.shape, *w.shape, *strides, *padding, *steps, x.dtype, x.stride())
+    return tuning.fastest(key, ways, x)
+
+
+_MOST_COLUMNS = 1 << 26  # elements that a convolution may be spread out to
+
+
+def _convolutions(x: Tensor, w: Tensor, strides: Any, padding: Any, steps: Any) -> dict[str, Callable[[], Tensor]]:
+    """The ways to convolve over two axes: cuDNN's in either layout, or a product with the spread-out input.
+
+    For one image, cuDNN's float32 kernels leave most of a large GPU idle; a product can be cut along its sum.
+    """
+    batch, outs = x.shape[0], w.shape[0]
+    sizes = [
+        (size + 2 * pad - step * (k - 1) - 1) // stride + 1
+        for size, pad, step, k, stride in zip(x.shape[2:], padding, steps, w.shape[2:], strides, strict=True)
+    ]
+    depth = w.shape[1] * w.shape[2] * w.shape[3]
+    flat = w.reshape(outs, depth)
+
+    def columns() -> Tensor:
+        if list(w.shape[2:]) == [1, 1] and list(strides) == [1, 1] and not any(padding):
+            return x.reshape(batch, depth, -1)
+        return functional.unfold(x, tuple(w.shape[2:]), tuple(steps), tuple(padding), tuple(strides))
+
+    def whole() -> Tensor:
+        return torch.matmul(flat, columns()).reshape(batch, outs, *sizes)
+
+    def cut(parts: int) -> Tensor:
+        spread = columns()[0].unflatten(0, (parts, -1))
+        sums = torch.bmm(flat.unflatten(1, (parts, -1)).transpose(0, 1), spread)
+        return sums.sum(0).reshape(1, outs, *sizes)
+
+    def channels_last() -> Tensor:
+        last = torch.channels_last
+        return functional.conv2d(
+            x.contiguous(memory_format=last), w.contiguous(memory_format=last), None, strides, padding, steps
+        ).contiguous()
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "library": lambda: functional.conv2d(x, w, None, strides, padding, steps),
+        "channels last": channels_last,
+    }
+    if batch * depth * sizes[0] * sizes[1] <= _MOST_COLUMNS:
+        ways["product"] = whole
+        for parts in (2, 4, 8, 16):
+            if batch == 1 and depth % parts == 0 and depth // parts >= 64:
+                ways[f"product in {parts} parts"] = lambda parts=parts: cut(parts)  # type: ignore[misc]
+    return ways
 
 
 @operator("ConvTranspose")

@@ -237,16 +237,25 @@ def _written_there(values: Tensor, like: Tensor) -> Tensor:
     return torch.stack(each).reshape(values.shape)
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """``x [..., K] @ w [K, N] + bias [N]``, by the way that was fastest for these shapes."""
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None, *, relu: bool = False, dense: bool = False) -> Tensor:
+    """``x [..., K] @ w [K, N] + bias [N]``, by the way that was fastest for these shapes.
+
+    Args:
+        x: the operand.
+        w: the matrix, in any order.
+        bias: added to every row.
+        relu: whether Relu follows.
+        dense: whether the result must be contiguous; only that of a matrix may else be transposed.
+    """
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    ways = _ways(rows, w, bias, relu, turned=x.dim() == 2)
-    key = ("product", *rows.shape, *w.shape, w.stride(), bias is None, relu, rows.dtype, rows.stride(), x.dim() == 2)
+    dense = dense or x.dim() != 2
+    ways = _ways(rows, w, bias, relu=relu, dense=dense)
+    key = ("product", *rows.shape, *w.shape, w.stride(), bias is None, relu, rows.dtype, rows.stride(), dense)
     result = tuning.fastest(key, ways, rows)
     return result if x.dim() == 2 else result.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _ways(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool, *, turned: bool) -> dict[str, Callable[[], Tensor]]:
+def _ways(x: Tensor, w: Tensor, bias: Tensor | None, *, relu: bool, dense: bool) -> dict[str, Callable[[], Tensor]]:
     def finish(y: Tensor, added: bool) -> Tensor:
         y = y if added or bias is None else y + bias
         return functional.relu(y) if relu else y
@@ -264,7 +273,9 @@ def _ways(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool, *, turned: bool
         if relu and x.is_cuda:
             ways["bias and activation inside"] = lambda: torch._addmm_activation(bias, x, w)
     if x.is_cuda and 1 < x.shape[0] <= _FEW_ROWS:
-        if turned:
+        if dense:
+            ways["turned"] = lambda: finish(torch.mm(w.t(), x.t()).t(), False).contiguous()
+        else:
             ways["turned"] = lambda: finish(torch.mm(w.t(), x.t()).t(), False)
         for parts in (2, 4, 8):
             if x.shape[1] % parts == 0 and x.shape[1] // parts >= 128:

@@ -38,7 +38,7 @@ def fastest(key: Hashable, ways: Mapping[str, Callable[[], Any]], like: Any) -> 
     if len(ways) == 1 or not like.is_cuda:
         return next(iter(ways.values()))()
     name = torch.cuda.get_device_name(like.device)
-    switches = torch.backends.cuda.matmul.allow_tf32
+    switches = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     place = (name, switches, key)
     best = _chosen.get(place)
     if best is None and getattr(_local, "allowed", False) and not torch.cuda.is_current_stream_capturing():
