@@ -71,6 +71,14 @@ class Look(Protocol):
 class Inspector(Protocol):
     """Somebody who has to read source weights that a backend reads anyway: so each comes from memory once."""
 
+    @property
+    def lasting(self) -> Mapping[str, Array]:
+        """Sources given as the very same arrays at each refit, with other elements; none of them is claimed.
+
+        A backend may prepare once what it does with them, as long as it is given this very mapping.
+        """
+        ...
+
     def claim(self, name: str) -> Look | None:
         """How to look at a source weight; None where there is nothing to look at, or not now.
 

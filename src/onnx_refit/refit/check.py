@@ -10,12 +10,13 @@ import numpy as np
 
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.plan.compiled import SourceWeight
-from onnx_refit.refit.check_report import Accepted, CheckReport, Missing, Rejected, RejectReason, Unused
+from onnx_refit.refit.check_report import Accepted, AsDeclared, CheckReport, Missing, Rejected, RejectReason, Unused
 from onnx_refit.tensors import Array, TensorSpec, is_floating
 from onnx_refit.weights.finite import Reader
 from onnx_refit.weights.nearest import Nearest
 from onnx_refit.weights.scan import CastProblem, Measure, Worst, all_finite, cast, first_non_finite, measure, same_bits
 from onnx_refit.weights.source import WeightSource
+from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.view import NamedView, ViewProblemKind
 
 # Near misses are looked up for so many problems of a kind; nobody reads further, and a look-up takes milliseconds.
@@ -98,10 +99,15 @@ def check(
         ``compare`` found unchanged; empty unless the report is ok. They may share memory with the checkpoint.
     """
     chosen = options or CheckOptions()
+    if finite_later and type(weights) is ArraysSource and not (chosen.compare or chosen.measure):
+        specs = [source.spec for source in sources]
+        plain = weights.plain(specs)
+        if plain is not None:
+            return CheckReport(weights.description, chosen.partial, AsDeclared(specs), (), (), ()), plain
     view = weights if isinstance(weights, NamedView) else None
     problems = view.problems if view is not None else {}
     kept = view.kept if view is not None else frozenset()
-    specs = weights.specs
+    stored_specs = weights.specs
     accepted: list[Accepted] = []
     rejected: list[Rejected] = []
     missing: list[Missing] = []
@@ -110,7 +116,7 @@ def check(
         source.spec.name
         for source in sources
         if source.spec.name not in problems
-        and (found := specs.get(source.spec.name)) is not None
+        and (found := stored_specs.get(source.spec.name)) is not None
         and found.shape == source.spec.shape
     )
     reader = Reader(weights, fitting, look=not chosen.allow_nonfinite and not finite_later)
@@ -122,7 +128,7 @@ def check(
             problem = problems[name]
             rejected.append(Rejected(name, names, _VIEW_REASONS[problem.kind], problem.text, spec))
             continue
-        stored = specs.get(name)
+        stored = stored_specs.get(name)
         if stored is None:
             if name not in kept:
                 missing.append(_missing(spec, view))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, overload
 
 from onnx_refit.errors import RefitRejectedError
 from onnx_refit.tensors import TensorSpec
@@ -111,6 +112,38 @@ class Unused:
     candidates: tuple[Candidate, ...] = ()
 
 
+class AsDeclared(Sequence[Accepted]):
+    """Weights that the checkpoint has under their own names and as the model declares them, made when looked at.
+
+    Args:
+        specs: the weights.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._specs = specs
+
+    @overload
+    def __getitem__(self, index: int) -> Accepted: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Accepted]: ...
+
+    def __getitem__(self, index: int | slice) -> Accepted | Sequence[Accepted]:
+        if isinstance(index, slice):
+            return AsDeclared(self._specs[index])
+        spec = self._specs[index]
+        return Accepted(spec.name, (spec.name,), spec.dtype, spec.dtype, spec.nbytes)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What a checkpoint would do to the weights of a model.
@@ -126,7 +159,7 @@ class CheckReport:
 
     checkpoint: str
     partial: bool
-    accepted: tuple[Accepted, ...]
+    accepted: Sequence[Accepted]
     rejected: tuple[Rejected, ...]
     missing: tuple[Missing, ...]
     unused: tuple[Unused, ...]

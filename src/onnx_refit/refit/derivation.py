@@ -13,14 +13,16 @@ from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
 from onnx_refit.refit.inspection import Inspection
+from onnx_refit.refit.packet import Packet
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
-from onnx_refit.refit.unchanged import sample, unchanged
+from onnx_refit.refit.unchanged import Sampler, unchanged
 from onnx_refit.refit.versions import Version
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array
 from onnx_refit.weights.finite import not_finite
+from onnx_refit.weights.scan import all_finite
 from onnx_refit.weights.source import WeightSource
 
 
@@ -39,8 +41,14 @@ class Derivation:
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
-        kept = [spec for name, spec in self._specs.items() if name in self._kept_names]
-        self._retainer = Retainer(kept, disk=cold)
+        # What is kept comes first, here and there, so that it is copied in one go.
+        ordered = sorted(self._specs.values(), key=lambda spec: spec.name not in self._kept_names)
+        self._packet = Packet(ordered)
+        self._small = frozenset(self._packet.names)
+        kept = [spec for spec in ordered if spec.name in self._kept_names]
+        kept.sort(key=lambda spec: spec.name not in self._small)
+        self._retainer = Retainer(kept, disk=cold, together=len(self._small & self._kept_names))
+        self._sampler = Sampler(self._packet)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -66,7 +74,7 @@ class Derivation:
             number=0,
             weights=self._backend.derive(weights),
             retained=self._retainer.retain(weights, None),
-            samples={name: sample(np.ascontiguousarray(weights[name])) for name in self._specs},
+            samples=self._sampler.take({n: np.ascontiguousarray(weights[n]) for n in self._specs}, None, None),
             source=source,
             parent=None,
             changed=None,
@@ -104,19 +112,26 @@ class Derivation:
         with timed(seconds, "check"):
             report, arrays = self._check(given, current, options, finite_later=True)
         with timed(seconds, "compare"):
-            equal, samples = unchanged(arrays, base.samples, current.read)
+            joined = self._packet.join(arrays) if self._small <= arrays.keys() else None
+            equal, samples = unchanged(self._sampler, arrays, joined, base.samples, current.read)
             finite = not (look and not_finite([arrays[name] for name in equal]))
-            arrays = {name: array for name, array in arrays.items() if name not in equal}
+            arrays = {name: array for name, array in arrays.items() if name not in equal} if equal else arrays
         changed = frozenset(arrays)
         full = len(changed) == len(self._specs)
         with timed(seconds, "derive"):
-            required = changed if full else self._backend.required(changed)
-            needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
             keeping = self._retainer.keep(changed, base.retained)
-            inspection = Inspection(arrays, keeping.targets, look=look)
-            weights = self._backend.derive(
-                needed, None if full else base.weights, None if full else changed, inspection
-            )
+            if full and joined is not None:
+                finite = not look or all_finite(joined)
+                if keeping.together is not None:
+                    np.copyto(keeping.together, joined[: keeping.together.size])
+                lasting = self._packet.views
+                inspection = Inspection(arrays, keeping.targets, look=look, lasting=lasting)
+                weights = self._backend.derive({**arrays, **lasting}, inspector=inspection)
+            else:
+                inspection = Inspection(arrays, keeping.targets, look=look)
+                required = self._backend.required(changed)
+                needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
+                weights = self._backend.derive(needed, base.weights, changed, inspection)
             finite = inspection.finish() and finite
             retained = keeping.finish()
         if not finite:
@@ -127,7 +142,7 @@ class Derivation:
         return Candidate(
             weights=weights,
             retained=retained,
-            samples={**base.samples, **samples},
+            samples=samples,
             base=base.number,
             full=full,
             changed=changed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,13 +21,27 @@ class Inspection:
         arrays: the weights, C-contiguous.
         targets: where to copy those that are kept.
         look: whether to look for NaN and infinities.
+        lasting: see ``Inspector``; these have been looked at and copied.
     """
 
-    def __init__(self, arrays: Mapping[str, Array], targets: Mapping[str, Array], *, look: bool) -> None:
-        self._left = dict(arrays) if look else {name: arrays[name] for name in targets}
+    def __init__(
+        self,
+        arrays: Mapping[str, Array],
+        targets: Mapping[str, Array],
+        *,
+        look: bool,
+        lasting: Mapping[str, Array] = MappingProxyType({}),
+    ) -> None:
+        self._left = {name: arrays[name] for name in (arrays if look else targets) if name not in lasting}
         self._targets = targets
         self._look = look
+        self._lasting = lasting
         self._suspicious = False
+
+    @property
+    def lasting(self) -> Mapping[str, Array]:
+        """See ``Inspector``."""
+        return self._lasting
 
     def claim(self, name: str) -> Inspected | None:
         """See ``Inspector.claim``."""

@@ -27,12 +27,13 @@ _MANY = 64  # chunks, some of them perhaps dead
 
 
 class _Arena:
-    """Memory for every kept weight, and the views to write it with."""
+    """Memory for every kept weight, and the views to write it with: of each, and of those that lie together."""
 
-    __slots__ = ("memory", "views")
+    __slots__ = ("memory", "together", "views")
 
-    def __init__(self, layout: Mapping[str, _Place], nbytes: int) -> None:
+    def __init__(self, layout: Mapping[str, _Place], nbytes: int, together: int) -> None:
         self.memory = np.empty(nbytes, np.uint8)
+        self.together: Array = self.memory[: 4 * together].view(np.float32)
         self.views = {name: place.view(self.memory) for name, place in layout.items()}
 
 
@@ -144,10 +145,12 @@ class Keeping:
     Attributes:
         targets: weight -> where its copy is to be written.
         finish: gives what is kept, once all are written; afterwards nobody may write.
+        together: where those weights' copies lie that lie side by side, flat; None where each lies elsewhere.
     """
 
     targets: Mapping[str, Array]
     finish: Callable[[], Kept]
+    together: Array | None = None
 
 
 class Retainer:
@@ -156,17 +159,20 @@ class Retainer:
     Args:
         specs: the weights to keep.
         disk: whether to move them to disk once refits pause.
+        together: how many of them, the first ones and float32, lie side by side where all are kept at once.
 
     Attributes:
         warm_because: why nothing is moved to disk although it should be; None while that works.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec], *, disk: bool = True) -> None:
+    def __init__(self, specs: Iterable[TensorSpec], *, disk: bool = True, together: int = 0) -> None:
         self._layout: dict[str, _Place] = {}
-        end = 0
-        for spec in specs:
+        end = joined = 0
+        for index, spec in enumerate(specs):
             self._layout[spec.name] = place = _Place(spec, end)
-            end = math.ceil(place.end / _ALIGNMENT) * _ALIGNMENT
+            end = place.end if index < together - 1 else math.ceil(place.end / _ALIGNMENT) * _ALIGNMENT
+            joined += spec.size if index < together else 0
+        self._together = joined
         self._nbytes = end
         self._spare: list[_Arena] = []
         self._used = threading.Event()
@@ -208,8 +214,8 @@ class Retainer:
         try:
             arena = self._spare.pop()
         except IndexError:
-            arena = _Arena(self._layout, self._nbytes)
-        return Keeping(arena.views, lambda: self._all(arena))
+            arena = _Arena(self._layout, self._nbytes, self._together)
+        return Keeping(arena.views, lambda: self._all(arena), arena.together)
 
     def _some(self, arrays: Mapping[str, Array], before: Kept | None) -> Kept:
         assert before is not None

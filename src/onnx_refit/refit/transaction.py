@@ -13,6 +13,7 @@ from onnx_refit.errors import CanaryError, RefitError
 from onnx_refit.refit.canary import Canary, CanaryResult, run_canary
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.retain import Kept
+from onnx_refit.refit.unchanged import Samples
 from onnx_refit.tensors import Array
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Candidate:
 
     weights: WeightSet
     retained: Kept
-    samples: Mapping[str, bytes]
+    samples: Samples
     base: int
     full: bool
     changed: frozenset[str]

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from onnx_refit.refit.packet import Packet
 from onnx_refit.tensors import Array
 from onnx_refit.weights.scan import same_bits
 
 _SAMPLES = 32
+_FEW = 8  # of a small weight
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A few elements of every weight of a version: where they differ, the weights differ.
+
+    Attributes:
+        small: those of the packet's weights, as bits: uint32 ``[weights, 8]``.
+        others: weight -> its elements as bytes.
+    """
+
+    small: npt.NDArray[np.uint32]
+    others: Mapping[str, bytes]
 
 
 @lru_cache(maxsize=4096)
@@ -22,27 +38,79 @@ def _positions(size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(size).integers(0, size, _SAMPLES)
 
 
-def sample(array: Array) -> bytes:
-    """A few elements of a C-contiguous array as bytes: where they differ, the arrays differ."""
-    return array.reshape(-1).take(_positions(array.size)).tobytes()
+class Sampler:
+    """Takes samples.
+
+    Args:
+        packet: the weights that are looked at together.
+    """
+
+    def __init__(self, packet: Packet) -> None:
+        self._rows = {name: row for row, name in enumerate(packet.names)}
+        self._names = packet.names
+        self._positions = packet.positions(_FEW)
+        self._begins = self._positions - self._positions  # filled below: where each weight begins in the packet
+        for row, name in enumerate(packet.names):
+            self._begins[row] = packet.range(frozenset({name}))[0]
+
+    def take(self, arrays: Mapping[str, Array], joined: Array | None, before: Samples | None) -> Samples:
+        """Samples of a whole version.
+
+        Args:
+            arrays: the weights given, C-contiguous; all of them if nothing was before.
+            joined: the packet's weights, where all of them are given.
+            before: of the version that gives the others.
+        """
+        others = {} if before is None else dict(before.others)
+        if joined is not None:
+            small = joined.view(np.uint32).take(self._positions)
+            for name, array in arrays.items():
+                if name not in self._rows:
+                    others[name] = array.reshape(-1).take(_positions(array.size)).tobytes()
+            return Samples(small, others)
+        shape = self._positions.shape
+        small = np.empty(shape, np.uint32) if before is None else before.small.copy()
+        for name, array in arrays.items():
+            row = self._rows.get(name)
+            if row is None:
+                others[name] = array.reshape(-1).take(_positions(array.size)).tobytes()
+            else:
+                small[row] = array.reshape(-1).view(np.uint32).take(self._positions[row] - self._begins[row])
+        return Samples(small, others)
+
+    def alike(self, names: Mapping[str, Array], one: Samples, other: Samples) -> Iterator[str]:
+        """Those of these weights whose samples are the same."""
+        for row in np.flatnonzero((one.small == other.small).all(axis=1)).tolist():
+            if self._names[row] in names:
+                yield self._names[row]
+        for name in names:
+            taken = one.others.get(name)
+            if taken is not None and taken == other.others.get(name):
+                yield name
 
 
 def unchanged(
-    arrays: Mapping[str, Array], samples: Mapping[str, bytes], current: Callable[[str], Array]
-) -> tuple[frozenset[str], dict[str, bytes]]:
+    sampler: Sampler,
+    arrays: Mapping[str, Array],
+    joined: Array | None,
+    before: Samples,
+    current: Callable[[str], Array],
+) -> tuple[frozenset[str], Samples]:
     """Which weights have the very bits they have now.
 
     A weight whose samples differ has changed; only where they agree are all bits compared, so that a refit which
-    changes everything pays microseconds a tensor for the question.
+    changes everything pays little for the question.
 
     Args:
+        sampler: takes samples.
         arrays: the weights given.
-        samples: name -> ``sample`` of the current weight.
+        joined: the packet's weights, where all of them are given.
+        before: samples of the current weights.
         current: reads a current weight.
 
     Returns:
-        The names of the equal ones, and the samples of all the weights given.
+        The names of the equal ones, and the samples of the version that the weights given would make.
     """
-    found = {name: sample(array) for name, array in arrays.items()}
-    alike: Iterable[str] = (name for name, taken in found.items() if taken == samples.get(name))
-    return frozenset(name for name in alike if same_bits(arrays[name], current(name))), found
+    taken = sampler.take(arrays, joined, before)
+    alike = list(sampler.alike(arrays, taken, before))
+    return frozenset(name for name in alike if same_bits(arrays[name], current(name))), taken

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import VersionError
 from onnx_refit.refit.retain import Kept
+from onnx_refit.refit.unchanged import Samples
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Version:
     number: int
     weights: WeightSet
     retained: Kept
-    samples: Mapping[str, bytes]
+    samples: Samples
     source: str
     parent: int | None
     changed: frozenset[str] | None

@@ -27,10 +27,11 @@ class Storage:
         flat: the same elements, flat.
         value: an OrtValue over the array.
         prepared: what its writer made once to write it again and again (the writer fills this).
+        steady: the tasks that write it from lasting tensors, and what they are valid for (the deriver fills this).
         settled: whether it is sure that no thread is writing it; never given out again otherwise.
     """
 
-    __slots__ = ("_owner", "array", "flat", "prepared", "settled", "spec", "value")
+    __slots__ = ("_owner", "array", "flat", "prepared", "settled", "spec", "steady", "value")
 
     def __init__(self, spec: TensorSpec) -> None:
         dtype = numpy_dtype(spec.dtype)
@@ -43,6 +44,7 @@ class Storage:
         self.value: Value
         self.value, self._owner = owned(self.array)
         self.prepared: tuple[Any, ...] | None = None
+        self.steady: tuple[object, list[Any]] | None = None
         self.settled = True
 
     def settle(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,38 @@ from onnx_refit.plan.trace.recipes import Recipe, evaluate
 from onnx_refit.tensors import Array, numpy_dtype
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
+
+
+_NOTHING: Mapping[str, Array] = {}
+
+
+class Steady:
+    """What is the same at each refit that brings its small weights in the same memory.
+
+    Attributes:
+        lasting: the source weights in that memory.
+        values: the computed values that are always in the same memory.
+        flats: both, flat, by their prefixed names.
+        writers: the engine weights that read nothing else.
+    """
+
+    def __init__(
+        self,
+        lasting: Mapping[str, Array],
+        values: Mapping[str, Array],
+        flats: Mapping[str, Array],
+        writers: frozenset[str],
+    ) -> None:
+        self.lasting, self.values, self.flats, self.writers = lasting, values, flats, writers
+
+    def tasks(self, writer: Writer, storage: Storage) -> list[Task]:
+        """What writes one of the writers' engine weights, made once for each storage."""
+        if storage.steady is None or storage.steady[0] is not self:
+            storage.steady = self, writer.tasks(self.flats, storage)
+        return storage.steady[1]
+
+
+_UNSTEADY = Steady(_NOTHING, _NOTHING, _NOTHING, frozenset())
 
 
 class Deriver:
@@ -50,6 +83,7 @@ class Deriver:
         packer = Packer(block) if block > 1 else None
         self._writers = {name: Writer(recipe, sizes, packer, block) for name, recipe in specialised.buffers.items()}
         self._carried = self._carriers()
+        self._widens = any(writer.widened for writer in self._writers.values())
         self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
         self._sources = {n: self._only_sources(reads, self._program.sources_of) for n, reads in self._reads.items()}
         self._needed = {n: self._only_sources(reads, self._program.needed_for) for n, reads in self._reads.items()}
@@ -62,6 +96,8 @@ class Deriver:
         self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive") if threads > 1 else None
         self._threads = threads
         self._caster: Caster | None = None
+        self._lock = threading.Lock()
+        self._steady = _UNSTEADY
 
     def _carriers(self) -> dict[str, str]:
         """Source weight -> the engine weight that is written while it is looked at: the largest that reads it."""
@@ -109,27 +145,48 @@ class Deriver:
             EngineError: a source is missing, or a computation failed.
         """
         needed = self._needs(targets)
-        try:
-            tensors = {self._keys[name]: array.reshape(-1) for name, array in sources.items()}
-            values = self._program.compute(
-                [name for space, name in needed.items() if space.startswith(COMPUTED)], sources
-            )
-            tensors.update((COMPUTED + name, np.ascontiguousarray(array).reshape(-1)) for name, array in values.items())
-            for name, recipe in self._staged.items():
-                if name in needed:
-                    tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
-            for name in sorted({wide for target in targets for wide in self._writers[target].widened}):
-                tensors[WIDE + name] = self._widen(tensors[name])
-            looks, tasks = self._looks(sources, targets, inspector)
-            for name, storage in targets.items():
-                tasks += self._writers[name].tasks(tensors, storage, looks.get(name, ()))
-        except KeyError as error:
-            raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
-        for storage in targets.values():
-            storage.settled = False
-        self._run(tasks)
-        for storage in targets.values():
-            storage.settle()
+        with self._lock:
+            try:
+                tensors, steady = self._tensors(sources, needed, inspector)
+                for name in self._wide(targets):
+                    tensors[WIDE + name] = self._widen(tensors[name])
+                looks, tasks = self._looks(sources, targets, inspector)
+                for name, storage in targets.items():
+                    if name in steady.writers:
+                        tasks += steady.tasks(self._writers[name], storage)
+                    else:
+                        tasks += self._writers[name].tasks(tensors, storage, looks.get(name, ()))
+            except KeyError as error:
+                raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
+            for storage in targets.values():
+                storage.settled = False
+            self._run(tasks)
+            for storage in targets.values():
+                storage.settle()
+
+    def _tensors(
+        self, sources: Mapping[str, Array], needed: Mapping[str, str], inspector: Inspector | None
+    ) -> tuple[dict[str, Array], Steady]:
+        """Every tensor that is needed, flat; and what is as it was the last time."""
+        lasting = _NOTHING if inspector is None else inspector.lasting
+        values = self._program.compute([n for space, n in needed.items() if space.startswith(COMPUTED)], sources)
+        steady = self._steady if lasting else _UNSTEADY
+        if lasting and (steady.lasting is not lasting or steady.values is not self._program.lasting):
+            flats = {SOURCE + name: array.reshape(-1) for name, array in lasting.items()}
+            flats.update((COMPUTED + name, array) for name, array in self._program.lasting.items())
+            writers = frozenset(n for n, w in self._writers.items() if w.reads and w.reads <= flats.keys())
+            steady = self._steady = Steady(lasting, self._program.lasting, flats, writers)
+        tensors = dict(steady.flats)
+        for name, array in sources.items():
+            if name not in lasting:
+                tensors[self._keys[name]] = array.reshape(-1)
+        for name, array in values.items():
+            if COMPUTED + name not in steady.flats:
+                tensors[COMPUTED + name] = np.ascontiguousarray(array).reshape(-1)
+        for name, recipe in self._staged.items():
+            if name in needed:
+                tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
+        return tensors, steady
 
     def _looks(
         self, sources: Mapping[str, Array], targets: Mapping[str, Storage], inspector: Inspector | None
@@ -138,8 +195,8 @@ class Deriver:
         looks: dict[str, list[tuple[str, Look]]] = {}
         others: list[Task] = []
         if inspector is not None:
-            for name, array in sources.items():
-                look = inspector.claim(name)
+            for name in sources.keys() - inspector.lasting.keys():
+                array, look = sources[name], inspector.claim(name)
                 if look is None:
                     continue
                 carrier = self._carried.get(name)
@@ -148,6 +205,12 @@ class Deriver:
                 else:
                     others += alone(look, array.size)
         return looks, others
+
+    def _wide(self, targets: Iterable[str]) -> Iterable[str]:
+        """The float16 tensors that the targets read as float32."""
+        if not self._widens:
+            return ()
+        return sorted({name for target in targets for name in self._writers[target].widened})
 
     def _widen(self, flat: Array) -> Array:
         """A float16 tensor as float32."""

@@ -55,6 +55,7 @@ class HostStorage(Storage):
         self.array = flat.reshape(spec.static_shape)
         self.value, self._owner = owned(self.array)
         self.prepared = None
+        self.steady = None
         self.settled = True
 
 

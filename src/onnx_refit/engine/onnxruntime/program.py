@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx
 from onnx import NodeProto
@@ -16,10 +16,13 @@ from onnx_refit.tensors import Array, TensorSpec, spec_of_value_info, value_info
 
 
 class Program:
-    """The computed part of a refit program. Thread-safe.
+    """The computed part of a refit program. One computation at a time.
 
     The values are grouped by what they share: a change of few sources computes few groups, one session each, made when
     first needed; a change of all runs one session for all.
+
+    Attributes:
+        lasting: the values that every computation of all writes into the same memory; known after the first.
 
     Args:
         model: the refit program's graph, or None where nothing is computed.
@@ -37,6 +40,7 @@ class Program:
         self._groups: dict[str, frozenset[str]] = {}
         self._components: list[Component] = []
         self._batches: list[VectorBatch] | None = None
+        self.lasting: Mapping[str, Array] = {}
         if model is not None and values:
             self._sort(restricted(model, [values[name] for name in sorted(values)]))
 
@@ -48,25 +52,24 @@ class Program:
         """The source weights that computing a value takes: those of every value it is computed together with."""
         return frozenset().union(*(self._inputs[name] for name in self._groups[value]))
 
-    def compute(self, wanted: Iterable[str], sources: Mapping[str, Array]) -> dict[str, Array]:
-        """Values by name (at least the wanted ones).
+    def compute(self, wanted: Collection[str], sources: Mapping[str, Array]) -> dict[str, Array]:
+        """Values by name (at least the wanted ones): those in ``lasting`` are good until the next call.
 
         Raises:
             EngineError: ONNX Runtime fails, or a source is missing.
         """
-        names = frozenset(wanted)
-        if not names:
+        if not wanted:
             return {}
-        every = frozenset(self._values)
         results: dict[str, Array] = {}
         with self._lock:
             try:
-                if names == every:
+                if len(wanted) == len(self._values):
                     for batch in self._all_batches():
-                        results.update(batch.compute(sources))
-                    groups = {frozenset(every - results.keys())}
+                        batch.compute(sources)
+                    results.update(self.lasting)
+                    groups = {frozenset(self._values.keys() - results.keys())}
                 else:
-                    groups = {self._groups[name] for name in names}
+                    groups = {self._groups[name] for name in wanted}
                 for group in groups:
                     if group:
                         binding, inputs, outputs = self._session(group)
@@ -86,6 +89,7 @@ class Program:
             specs.update(self._values)
             constants = {tensor.name: tensor for tensor in graph.initializer}
             self._batches = batches(self._components, specs, constants, list(self._model.opset_import))
+            self.lasting = {name: array for batch in self._batches for name, array in batch.values.items()}
         return self._batches
 
     def _session(self, group: frozenset[str]) -> tuple[Binding, tuple[str, ...], tuple[str, ...]]:

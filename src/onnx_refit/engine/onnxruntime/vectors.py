@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from onnx_refit.engine.onnxruntime.native import Binding, make_session, session_options
-from onnx_refit.tensors import Array, TensorSpec, onnx_dtype
+from onnx_refit.engine.onnxruntime.native import Outlet, make_session, session_options
+from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, onnx_dtype
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Neg", "Reciprocal", "Abs", "Exp", "Identity"})
 _FEWEST = 2
@@ -52,7 +52,11 @@ class _Member:
 
 
 class VectorBatch:
-    """Components of one form, computed together."""
+    """Components of one form, computed together. One computation at a time.
+
+    Attributes:
+        values: every value it computes, in the same memory each time.
+    """
 
     def __init__(self, form: _Form, members: Sequence[_Member], opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
         self._members = tuple(members)
@@ -68,26 +72,25 @@ class VectorBatch:
             [helper.make_tensor(name, kind, shape, data, raw=True) for name, data, shape in form.constants],
         )
         session = make_session(helper.make_model(graph, opset_imports=list(opsets), ir_version=9), session_options(1))
-        self._inputs = inputs
-        self._binding = Binding(session, {}, form.wanted)
+        size, dtype = int(ends[-1]), numpy_dtype(form.dtype)
+        self._joined = [np.empty(size, dtype) for _ in inputs]
+        results = [np.empty(size, dtype) for _ in form.wanted]
+        self._outlet = Outlet(session)
+        for name, array in zip(inputs, self._joined, strict=True):
+            self._outlet.give(name, array)
+        for name, array in zip(form.wanted, results, strict=True):
+            self._outlet.take(name, array)
+        self.values: Mapping[str, Array] = {
+            name: result[begin:end]
+            for member, (begin, end) in zip(members, self._ranges, strict=True)
+            for name, result in zip(member.wanted, results, strict=True)
+        }
 
-    @property
-    def values(self) -> frozenset[str]:
-        """Every value it computes."""
-        return frozenset(name for member in self._members for name in member.wanted)
-
-    def compute(self, sources: Mapping[str, Array]) -> dict[str, Array]:
-        """All its values, as views of few arrays."""
-        joined = [
-            (name, np.concatenate([sources[member.inputs[k]] for member in self._members]))
-            for k, name in enumerate(self._inputs)
-        ]
-        results = self._binding.run(joined)
-        made: dict[str, Array] = {}
-        for member, (begin, end) in zip(self._members, self._ranges, strict=True):
-            for name, result in zip(member.wanted, results, strict=True):
-                made[name] = result[begin:end]
-        return made
+    def compute(self, sources: Mapping[str, Array]) -> None:
+        """Bring ``values`` up to date."""
+        for k, joined in enumerate(self._joined):
+            np.concatenate([sources[member.inputs[k]] for member in self._members], out=joined)
+        self._outlet.run()
 
 
 def batches(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -132,31 +133,52 @@ class ArraysSource:
     def __init__(self, arrays: Mapping[str, object], description: str = "mapping") -> None:
         self._description = description
         self._values = dict(arrays)
-        specs: dict[str, TensorSpec] = {}
+        self._others: dict[str, TensorSpec] = {}
         for name, value in self._values.items():
             if not isinstance(name, str):
                 raise WeightsError(f"the name {name!r} is no text", where=description)
-            if type(value) is np.ndarray and (plain := _NATIVE.get(value.dtype)) is not None:
-                specs[name] = TensorSpec(name, plain, value.shape)
+            if type(value) is np.ndarray and value.dtype in _NATIVE:
                 continue
             where = f"{description}[{name!r}]"
             if is_torch_tensor(value):
-                specs[name] = _torch_spec(name, value, where)
+                self._others[name] = _torch_spec(name, value, where)
             else:
                 array = to_array(value, where=where)
                 self._values[name] = array
-                specs[name] = TensorSpec(name, dtype_name(array.dtype), array.shape)
-        self._specs = MappingProxyType(specs)
+                self._others[name] = TensorSpec(name, dtype_name(array.dtype), array.shape)
 
     @property
     def description(self) -> str:
         """What was given when it was made (``"mapping"``)."""
         return self._description
 
-    @property
+    @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Name -> spec of every tensor, in the order of the mapping."""
-        return self._specs
+        return MappingProxyType({name: self._others.get(name) or self._native(name) for name in self._values})
+
+    def _native(self, name: str) -> TensorSpec:
+        array: Any = self._values[name]
+        return TensorSpec(name, _NATIVE[array.dtype], array.shape)
+
+    def plain(self, specs: Iterable[TensorSpec]) -> dict[str, Array] | None:
+        """All tensors, if they are exactly these: NumPy arrays of these dtypes and shapes, C-contiguous; else None.
+
+        This asks as little as possible of each: a mapping may hold thousands.
+        """
+        found: dict[str, Array] = {}
+        values = self._values
+        for spec in specs:
+            array = values.get(spec.name)
+            if (
+                type(array) is not np.ndarray
+                or array.shape != spec.shape
+                or _NATIVE.get(array.dtype) != spec.dtype
+                or not array.flags.c_contiguous
+            ):
+                return None
+            found[spec.name] = array
+        return found if len(found) == len(values) else None
 
     def raw(self, name: str) -> object:
         """The value as it was given, on its own device; WeightsError if there is none of that name."""
@@ -172,7 +194,7 @@ class ArraysSource:
         return to_array(value, where=f"{self._description}[{name!r}]")
 
     def close(self) -> None:
-        """Let go of the arrays; those already read stay valid."""
+        """Let go of the arrays, and of what nobody asked for yet; those already read stay valid."""
         self._values = {}
 
 

@@ -1,0 +1,72 @@
+"""The small weights of a model behind each other in one array: read, looked at and copied together.
+
+A call a tensor costs more than the work on it where tensors are small, and a model may have thousands of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from onnx_refit.tensors import Array, TensorSpec
+
+SMALL = 1 << 13  # elements
+
+
+class Packet:
+    """The float32 weights of few elements, in a fixed order, and memory to join them in.
+
+    One refit at a time uses the memory; a version copies what it keeps of it.
+
+    Attributes:
+        names: the weights.
+        size: elements of all of them.
+
+    Args:
+        specs: all weights there are, in the order wanted.
+    """
+
+    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+        chosen = [spec for spec in specs if spec.dtype == "float32" and 0 < spec.size <= SMALL]
+        self.names = tuple(spec.name for spec in chosen)
+        self._shapes = [spec.static_shape for spec in chosen]
+        ends = np.cumsum([spec.size for spec in chosen]).tolist()
+        self._ranges = list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
+        self.size: int = ends[-1] if ends else 0
+        self._joined: Array | None = None
+        self._views: dict[str, Array] = {}
+
+    def range(self, names: frozenset[str]) -> tuple[int, int]:
+        """First element and end of these weights, which lie side by side."""
+        ranges = [part for name, part in zip(self.names, self._ranges, strict=True) if name in names]
+        return (ranges[0][0], ranges[-1][1]) if ranges else (0, 0)
+
+    def positions(self, count: int) -> Array:
+        """So many positions in each weight, spread over it: int64 ``[weights, count]``."""
+        rng = np.random.default_rng(0)
+        rows = [rng.integers(begin, end, count) for begin, end in self._ranges]
+        return np.array(rows, np.int64).reshape(len(rows), count)
+
+    def join(self, arrays: Mapping[str, Array]) -> Array:
+        """All weights, flat, in this packet's own memory: good until the next call."""
+        joined = self._joined
+        if joined is None:
+            joined = np.empty(self.size, np.float32)
+            self._views = {
+                name: joined[begin:end].reshape(shape)
+                for name, (begin, end), shape in zip(self.names, self._ranges, self._shapes, strict=True)
+            }
+            self._joined = joined
+        if self.names:
+            np.concatenate([arrays[name] for name in self.names], axis=None, out=joined)
+        return joined
+
+    @property
+    def views(self) -> Mapping[str, Array]:
+        """Each weight in what was joined last: the same arrays after each call."""
+        return self._views
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._joined, self._views = None, {}
