@@ -20,7 +20,7 @@ import numpy as np
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array
 
-_SLICE = 4 << 20  # bytes written or read at once
+_SLICE = 1 << 18  # bytes written or read at once
 _ALIGNMENT = 4096
 _MEMORY = frozenset({"tmpfs", "ramfs"})
 

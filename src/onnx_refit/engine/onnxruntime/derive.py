@@ -21,6 +21,7 @@ from onnx_refit.plan.trace.recipes import Recipe, evaluate
 from onnx_refit.tensors import Array, numpy_dtype
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
+_LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
 
 
 _NOTHING: Mapping[str, Array] = {}
@@ -80,7 +81,8 @@ class Deriver:
         sizes.update((COMPUTED + name, numpy_dtype(spec.dtype)) for name, spec in specialised.computed.items())
         sizes.update((name, numpy_dtype(recipe.spec.dtype)) for name, recipe in specialised.staged.items())
         self._keys = {name: SOURCE + name for name in dtypes}
-        packer = Packer(block) if block > 1 else None
+        size = sum(recipe.spec.nbytes for recipe in specialised.buffers.values())
+        packer = Packer(block, arena=size >= _LARGE) if block > 1 else None
         self._writers = {name: Writer(recipe, sizes, packer, block) for name, recipe in specialised.buffers.items()}
         self._carried = self._carriers()
         self._widens = any(writer.widened for writer in self._writers.values())

@@ -84,10 +84,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def session_options(threads: int, *, optimise: bool = False, spinning: bool = True) -> ort.SessionOptions:
-    """Session options of this engine: everything of ONNX Runtime's optimiser, or nothing."""
+def session_options(
+    threads: int, *, optimise: bool = False, spinning: bool = True, arena: bool = True
+) -> ort.SessionOptions:
+    """Session options of this engine: everything of ONNX Runtime's optimiser, or nothing.
+
+    Without an arena a session keeps no memory between its runs, which take a little longer for it.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
     options.log_severity_level = 4  # errors come as exceptions
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL

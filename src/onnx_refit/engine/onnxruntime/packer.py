@@ -98,9 +98,11 @@ class Packer:
 
     Args:
         block: the host's block size.
+        arena: whether its sessions keep their memory, a few MB, for the next weights.
     """
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, block: int, *, arena: bool = True) -> None:
+        self._arena = arena
         self._block = block
         self._sessions: dict[tuple[bool, ...], ort.InferenceSession] = {}
 
@@ -127,7 +129,7 @@ class Packer:
         if session is None:
             model = _model(scaled=scaled, windowed=windowed, last=packing.channels_last, kept=kept)
             # One thread a session: callers pack different tensors in different threads.
-            session = self._sessions[key] = make_session(model, session_options(1))
+            session = self._sessions[key] = make_session(model, session_options(1, arena=self._arena))
         return session
 
 

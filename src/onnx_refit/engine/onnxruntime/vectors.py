@@ -71,7 +71,9 @@ class VectorBatch:
             [helper.make_tensor_value_info(name, kind, ["n"]) for name in form.wanted],
             [helper.make_tensor(name, kind, shape, data, raw=True) for name, data, shape in form.constants],
         )
-        session = make_session(helper.make_model(graph, opset_imports=list(opsets), ir_version=9), session_options(1))
+        session = make_session(
+            helper.make_model(graph, opset_imports=list(opsets), ir_version=9), session_options(1, arena=False)
+        )
         size, dtype = int(ends[-1]), numpy_dtype(form.dtype)
         self._joined = [np.empty(size, dtype) for _ in inputs]
         results = [np.empty(size, dtype) for _ in form.wanted]
