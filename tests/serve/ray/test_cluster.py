@@ -14,7 +14,7 @@ pytest.importorskip("ray")
 import onnx_refit
 from onnx_refit.errors import CanaryError, InputError, PlanMismatchError, RefitRejectedError, VersionError
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.serve.cluster.errors import ClusterError
+from onnx_refit.serve.cluster.errors import ClusterError, OutcomeUnknownError
 from onnx_refit.serve.cluster.roster import Patience
 from tests.serve.cluster.support import golden
 from tests.serve.models import affine, affine_weights
@@ -342,6 +342,85 @@ def test_replicas_come_and_go_with_the_wanted_number(ray_cluster, affine_plan, t
     with onnx_refit.load(affine_plan, store=tmp_path / "store") as engine:
         assert engine.version == 4
         assert engine.run(X)["y"][0, 0] == 8.0
+
+
+def test_the_coordinators_node_is_lost(ray_cluster, affine_plan, tmp_path):
+    """With a store that several nodes reach, as all of these do, another one takes over."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from onnx_refit.serve.ray import deploy, remove
+
+    node = ray_cluster.worker_nodes[0] if isinstance(ray_cluster.worker_nodes, list) else None
+    node = node or next(iter(ray_cluster.worker_nodes))
+    where = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    handle = deploy(
+        affine_plan,
+        store=tmp_path / "store",
+        name="shared",
+        num_replicas=3,
+        coordinator_options={"scheduling_strategy": where},
+        max_replicas_per_node=1,
+        health_check_period_s=0.5,
+    )
+    try:
+        first = handle.refit(affine_weights(2.0))
+        assert handle.status()["coordinator"]["node"] == node.node_id
+        ray_cluster.remove_node(node, allow_graceful=False)
+        wait_until(lambda: handle.status()["coordinator"]["node"] != node.node_id)
+        assert handle.status()["version"] == first.version
+        second = handle.refit(affine_weights(3.0))
+        answers = [handle.infer(X) for _ in range(10)]
+        assert {(float(a["y"][0, 0]), a.version) for a in answers} == {(6.0, second.version)}
+    finally:
+        remove("shared")
+        ray_cluster.add_node(**NODE)
+
+
+def test_another_coordinator_takes_over_from_one_that_is_gone_for_good(ray_cluster, affine_plan, tmp_path):
+    import ray
+
+    from onnx_refit.serve.ray import ClusterSettings, deploy, remove, start_coordinator
+    from onnx_refit.serve.ray.settings import NAMESPACE, coordinator_name
+
+    handle = deploy(affine_plan, store=tmp_path / "store", name="again", num_replicas=2)
+    try:
+        report = handle.refit(affine_weights(2.0))
+        before = set(handle.status()["replicas"])
+        ray.kill(ray.get_actor(coordinator_name("again"), namespace=NAMESPACE), no_restart=True)
+        with pytest.raises(ClusterError, match="no coordinator"):
+            handle.refit(affine_weights(3.0))
+        with pytest.raises(ClusterError, match="no coordinator"):
+            handle.status()
+        assert handle.infer(X).version == report.version, "inference needs no coordinator"
+        start_coordinator(affine_plan, store=tmp_path / "store", settings=ClusterSettings("again"))
+        assert set(handle.status()["replicas"]) == before, "the same replicas go on"
+        assert handle.refit(affine_weights(3.0)).version == report.version + 1
+        assert {float(handle.infer(X)["y"][0, 0]) for _ in range(10)} == {6.0}
+    finally:
+        remove("again")
+
+
+@pytest.mark.parametrize("phase", ["prepared", "decided"])
+def test_a_coordinator_that_never_comes_back_leaves_it_to_the_next(ray_cluster, affine_plan, tmp_path, phase):
+    from onnx_refit.serve.ray import ClusterSettings, deploy, remove
+
+    name = f"last-{phase}"
+    options = {"store": tmp_path / "store", "name": name, "num_replicas": 2, "health_check_period_s": 0.5}
+    mortal = {"max_restarts": 0}
+    settings = ClusterSettings("", on_phase=failpoints.fail)
+    handle = deploy(affine_plan, **options, settings=settings, coordinator_options=mortal)
+    try:
+        failpoints.arm("coordinator", phase)
+        with pytest.raises(OutcomeUnknownError) as unknown:
+            handle.refit(affine_weights(2.0))
+        handle = deploy(affine_plan, **options, settings=settings)
+        outcome = handle.outcome(unknown.value.transaction)
+        assert (outcome is not None) == (phase == "decided")
+        expected = (4.0, 2) if phase == "decided" else (2.0, 1)
+        answers = [handle.infer(X) for _ in range(10)]
+        assert {(float(answer["y"][0, 0]), answer.version) for answer in answers} == {expected}
+    finally:
+        remove(name)
 
 
 def test_weights_are_fetched_once_a_node_and_mapped_by_its_processes(ray_cluster):

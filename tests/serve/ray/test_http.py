@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,10 @@ def test_the_protocol(web):
     assert described["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
     assert json.loads(web.ask("GET", "/v2/models/web/ready")[2]) == {"name": "web", "ready": True}
     assert json.loads(web.ask("GET", "/v2/models/web/config")[2])["name"] == "web"
-    head = {"inputs": [{**TENSOR, "parameters": {"binary_data_size": 16}}], "parameters": {"binary_data_output": True}}
+    head: dict[str, Any] = {
+        "inputs": [{**TENSOR, "parameters": {"binary_data_size": 16}}],
+        "parameters": {"binary_data_output": True},
+    }
     del head["inputs"][0]["data"]
     text = json.dumps(head).encode()
     headers = {"inference-header-content-length": str(len(text))}

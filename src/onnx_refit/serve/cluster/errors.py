@@ -32,6 +32,21 @@ class StaleReplicaError(ClusterError):
     """A replica did not reach the state that the request had seen elsewhere in time."""
 
 
+class OutcomeUnknownError(ClusterError):
+    """Nobody is there to say whether a refit or rollback was decided.
+
+    Args:
+        message: what was wrong.
+        transaction: its name; whoever has the store can say what became of it.
+        where: the deployment.
+        hint: what to do about it.
+    """
+
+    def __init__(self, message: str, *, transaction: str, where: object = None, hint: str | None = None) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.transaction = transaction
+
+
 class RefusalKind(Enum):
     """What kind of error a refusal was."""
 

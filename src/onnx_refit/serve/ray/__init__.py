@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("ray[serve]", "ray", "a deployment across machines") from error
 
-from onnx_refit.serve.ray.deployment import application, deploy, remove
+from onnx_refit.serve.ray.deployment import application, deploy, remove, start_coordinator
 from onnx_refit.serve.ray.handle import ClusterAnswer, ClusterHandle, Session, connect
 from onnx_refit.serve.ray.settings import ClusterSettings
 
@@ -28,4 +28,5 @@ __all__ = [
     "connect",
     "deploy",
     "remove",
+    "start_coordinator",
 ]

@@ -26,6 +26,56 @@ from onnx_refit.serve.ray.transport import plan_to_bytes, ship
 from onnx_refit.weights.open import WeightsLike
 
 
+def start_coordinator(
+    plan: PlanLike,
+    *,
+    store: str | os.PathLike[str],
+    settings: ClusterSettings,
+    weights: WeightsLike | None = None,
+    coordinator_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Start a deployment's coordinator where there is none, and leave one that runs alone.
+
+    ``deploy`` and ``application`` do this first. By itself it brings back a coordinator whose node was lost, to
+    replicas that have gone on without it.
+
+    Args:
+        plan: path of a plan file, or a plan.
+        store: directory of the version store, made if it does not exist; its versions win over the plan's weights.
+        settings: name and settings.
+        weights: the weights to start with where the store is empty; None takes those in the plan.
+        coordinator_options: Ray's options of the coordinator's actor. By default it is tied to the node that this
+            runs on, as the store is there; with a store that several nodes share, choose another strategy.
+
+    Raises:
+        PlanError: the plan cannot be read, or is stripped, the store is empty and no weights were given.
+        PlanMismatchError: there is a coordinator of this name, with another plan.
+        ActorDiedError: the coordinator cannot start; Ray's message holds why (a store of another plan, a lock, …).
+    """
+    opened = plan if isinstance(plan, Plan) else Plan.load(plan)
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        # However often it ends, the next one reads in the store what was decided.
+        "max_restarts": -1,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+        **(coordinator_options or {}),
+        "name": coordinator_name(settings.name),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        # No call is made twice: the client asks what became of it.
+        "max_task_retries": 0,
+        "max_concurrency": 10_000,
+    }
+    place = str(Path(store).absolute())
+    actor = ray.remote(CoordinatorActor).options(**options).remote(settings, plan_to_bytes(opened), place)
+    _require(ray.get(actor.require_plan.remote(opened.fingerprint)))
+    if ray.get(actor.empty.remote()):
+        first = opened.require_weights() if weights is None else accepted_weights(opened, weights)
+        source = "the weights given at the start" if weights is not None else str(opened.path or "plan")
+        _require(ray.get(actor.seed.remote(ship(pack(first)), source)))
+
+
 def application(
     plan: PlanLike,
     *,
@@ -38,43 +88,21 @@ def application(
     """Start a coordinator, and give the Serve application for ``serve.run(…, name=settings.name)``.
 
     Args:
-        plan: path of a plan file, or a plan.
-        store: directory of the version store, made if it does not exist; its versions win over the plan's weights.
-        settings: name and settings.
-        weights: the weights to start with where the store is empty; None takes those in the plan.
-        coordinator_options: Ray's options of the coordinator's actor. By default it is tied to the node that this
-            runs on, as the store is there; with a store that several nodes share, choose another strategy.
+        plan: see ``start_coordinator``.
+        store: see ``start_coordinator``.
+        settings: see ``start_coordinator``.
+        weights: see ``start_coordinator``.
+        coordinator_options: see ``start_coordinator``.
         deployment_options: Serve's options of the deployment (``num_replicas``, ``max_replicas_per_node``,
             ``autoscaling_config``, ``ray_actor_options``, …).
 
     Raises:
-        PlanError: the plan cannot be read, or is stripped, the store is empty and no weights were given.
-        PlanMismatchError: there is a coordinator of this name, with another plan.
-        ActorDiedError: the coordinator cannot start; Ray's message holds why (a store of another plan, a lock, …).
+        As ``start_coordinator``.
     """
     opened = plan if isinstance(plan, Plan) else Plan.load(plan)
-    data = plan_to_bytes(opened)
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
-        **(coordinator_options or {}),
-        "name": coordinator_name(settings.name),
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": True,
-        # However often it ends, the next one reads in the store what was decided. No call is made twice.
-        "max_restarts": -1,
-        "max_task_retries": 0,
-        "max_concurrency": 10_000,
-    }
-    actor = ray.remote(CoordinatorActor).options(**options).remote(settings, data, str(Path(store).absolute()))
-    _require(ray.get(actor.require_plan.remote(opened.fingerprint)))
-    if ray.get(actor.empty.remote()):
-        first = opened.require_weights() if weights is None else accepted_weights(opened, weights)
-        source = "the weights given at the start" if weights is not None else str(opened.path or "plan")
-        _require(ray.get(actor.seed.remote(ship(pack(first)), source)))
+    start_coordinator(opened, store=store, settings=settings, weights=weights, coordinator_options=coordinator_options)
     chosen = {"max_ongoing_requests": 64, **deployment_options, "name": DEPLOYMENT}
-    return serve.deployment(EngineReplica).options(**chosen).bind(settings, data)
+    return serve.deployment(EngineReplica).options(**chosen).bind(settings, plan_to_bytes(opened))
 
 
 def deploy(
@@ -91,6 +119,8 @@ def deploy(
 ) -> ClusterHandle:
     """Bring a plan up on Ray Serve, and wait until its replicas answer. ``ray.init`` comes before.
 
+    Where it is up already, Serve replaces its replicas one after the other.
+
     Args:
         plan: see ``application``.
         store: see ``application``.
@@ -103,7 +133,7 @@ def deploy(
         deployment_options: see ``application``.
 
     Raises:
-        As ``application``.
+        As ``start_coordinator``.
     """
     chosen = ClusterSettings(name) if settings is None else replace(settings, name=name)
     made = application(

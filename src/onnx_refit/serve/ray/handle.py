@@ -7,16 +7,16 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from onnx_refit.errors import InputError
 from onnx_refit.refit.canary import Canary
 from onnx_refit.refit.check import CheckOptions
-from onnx_refit.serve.cluster.errors import ClusterError, Refusal, RefusalKind
+from onnx_refit.serve.cluster.errors import ClusterError, OutcomeUnknownError, Refusal, RefusalKind
 from onnx_refit.serve.cluster.messages import ClusterReport, RefitOrder
 from onnx_refit.serve.cluster.parcel import pack
 from onnx_refit.serve.ray.answers import Answered
@@ -144,6 +144,7 @@ class ClusterHandle:
         Raises:
             WeightsError, RefitRejectedError, CanaryError, StoreError: refused; nothing was published.
             ClusterError: a replica, or the coordinator, ended before it was decided; nothing was published.
+            OutcomeUnknownError: the one exception from that: the coordinator ended, and none came after it.
         """
         chosen = options if options is not None else CheckOptions()
         chosen = replace(chosen, partial=chosen.partial or partial)
@@ -191,20 +192,36 @@ class ClusterHandle:
 
     def _decided(self, verb: str, transaction: str, *arguments: object) -> ClusterReport:
         """Ask for a transaction; if the coordinator ends over it, ask the next one what became of it."""
+        asked = getattr(self._coordinator(), verb).remote(*arguments)
         try:
-            found = ray.get(getattr(self._coordinator(), verb).remote(*arguments))
-        except RayActorError as error:
-            found = self._when_there(lambda: self._coordinator().outcome.remote(transaction))
-            if found is None:
+            found = ray.get(asked)
+        except RayError as error:
+            try:
+                report = self.outcome(transaction)
+            except ClusterError as unknown:
+                raise OutcomeUnknownError(
+                    "the coordinator ended and none came after it: it is not known whether this was decided",
+                    transaction=transaction,
+                    where=self.name,
+                    hint="Start one where the store is, and ask handle.outcome(error.transaction)",
+                ) from unknown
+            if report is None:
                 raise ClusterError(
                     "the coordinator ended before it was decided; nothing was published",
                     where=self.name,
                     hint="Do it again",
                 ) from error
+            return report
         if isinstance(found, Refusal):
             raise found.error()
-        report: ClusterReport = found
-        return report
+        return cast("ClusterReport", found)
+
+    def outcome(self, transaction: str) -> ClusterReport | None:
+        """What became of a refit or rollback: its account if it was decided, None if it never was nor will be."""
+        found = self._when_there(lambda: self._coordinator().outcome.remote(transaction))
+        if isinstance(found, Refusal):
+            raise found.error()
+        return cast("ClusterReport | None", found)
 
     def _when_there(self, ask: Any) -> Any:
         """A coordinator's answer to a question that changes nothing; waits while one is being started anew."""
@@ -221,7 +238,11 @@ class ClusterHandle:
         try:
             return ray.get_actor(coordinator_name(self.name), namespace=NAMESPACE)
         except ValueError as error:
-            raise ClusterError("there is no deployment of this name", where=self.name) from error
+            raise ClusterError(
+                "there is no coordinator",
+                where=self.name,
+                hint="Start one where the store is: start_coordinator, or deploy",
+            ) from error
 
 
 class Session:
