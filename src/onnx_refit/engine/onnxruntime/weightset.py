@@ -78,7 +78,7 @@ class Runner:
             binding = Binding(self.session, self._values, self._outputs)
         try:
             # Not given back after a failure: what it then holds is unknown.
-            results = binding.run((name, np.ascontiguousarray(array)) for name, array in inputs.items())
+            results = binding.run((name, np.asarray(array, order="C")) for name, array in inputs.items())
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         self._idle.append(binding)

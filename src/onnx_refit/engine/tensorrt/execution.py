@@ -44,7 +44,7 @@ class Execution:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one inference; every output by name; EngineError with TensorRT's words where it fails."""
-        held = [self._set_input(name, np.ascontiguousarray(array)) for name, array in inputs.items()]
+        held = [self._set_input(name, np.asarray(array, order="C")) for name, array in inputs.items()]
         missing = self._context.infer_shapes()
         if missing:
             raise EngineError(f"the inputs leave shapes open: {', '.join(missing)}")
