@@ -74,11 +74,12 @@ class OnnxRuntimeBackend:
         if specialised.packed is not None:
             self._hosts = HostPool(specialised.model, specialised.packed, options.threads)
         own: Mapping[str, TensorSpec] = {} if self._hosts is None else self._hosts.specs
-        self._pool = BufferPool(spec for name, spec in self._specs.items() if name not in own)
         dtypes = {name: numpy_dtype(spec.dtype) for name, spec in sources.items()}
         threads = options.threads or usable_cores()
         block = block_size()
         self._deriver = Deriver(specialised, compiled.program.model, dtypes, block, threads)
+        pooled = [spec for name, spec in self._specs.items() if name not in own]
+        self._pool = BufferPool(pooled, self._deriver.rest)
         self._recoverer = Recoverer(specialised, sources)
         self._session: ort.InferenceSession | None = None
         if self._hosts is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,9 +95,11 @@ class BufferPool:
 
     Args:
         specs: every engine weight there will be.
+        rest: called when spare memory is freed, so that others free theirs.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, specs: Iterable[TensorSpec], rest: Callable[[], None] | None = None) -> None:
+        self._rest = rest
         self._spare: dict[str, list[Storage]] = {spec.name: [] for spec in specs}
         self._keep = True
         self._used = threading.Event()
@@ -136,6 +138,8 @@ class BufferPool:
         """Free every spare storage."""
         for spare in self._spare.values():
             spare.clear()
+        if self._rest is not None and self._keep:
+            self._rest()
 
     def close(self) -> None:
         """Free every spare storage, now and from now on."""

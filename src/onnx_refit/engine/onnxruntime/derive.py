@@ -82,7 +82,7 @@ class Deriver:
         sizes.update((name, numpy_dtype(recipe.spec.dtype)) for name, recipe in specialised.staged.items())
         self._keys = {name: SOURCE + name for name in dtypes}
         size = sum(recipe.spec.nbytes for recipe in specialised.buffers.values())
-        packer = Packer(block, arena=size >= _LARGE) if block > 1 else None
+        self._packer = packer = Packer(block, arena=size >= _LARGE) if block > 1 else None
         self._writers = {name: Writer(recipe, sizes, packer, block) for name, recipe in specialised.buffers.items()}
         self._carried = self._carriers()
         self._widens = any(writer.widened for writer in self._writers.values())
@@ -241,6 +241,11 @@ class Deriver:
         finally:
             crew.finish()  # nobody may write any more once this returns, failed or not
         crew.check()
+
+    def rest(self) -> None:
+        """Keep no memory for the next weights."""
+        if self._packer is not None:
+            self._packer.rest()
 
     def close(self) -> None:
         """End the threads."""

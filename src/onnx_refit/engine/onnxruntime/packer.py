@@ -132,6 +132,21 @@ class Packer:
             session = self._sessions[key] = make_session(model, session_options(1, arena=self._arena))
         return session
 
+    def rest(self) -> None:
+        """Give back the memory that sessions keep for the next weights: they have to run for that, on next to nothing."""
+        if not self._arena:
+            return
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        b = self._block
+        for (scaled, windowed, last, _), session in tuple(self._sessions.items()):
+            inputs = {"x": np.zeros((1, 1, b, b) if last else (1, b, 1, b), np.float32)}
+            if scaled:
+                inputs["factors"] = np.zeros((1, 1, 1, b) if last else (1, b, 1, 1), np.float32)
+            if windowed:
+                inputs["tiles"] = np.array([1, b, 1, b])
+            session.run(None, inputs, options)
+
 
 def _model(*, scaled: bool, windowed: bool, last: bool, kept: bool) -> onnx.ModelProto:
     """``[1,1,K,N]`` or ``[1,N,1,K]``, perhaps times factors, into blocked layout, perhaps tiled once more."""
