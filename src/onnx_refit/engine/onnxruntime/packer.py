@@ -133,7 +133,7 @@ class Packer:
         return session
 
     def rest(self) -> None:
-        """Give back the memory that sessions keep for the next weights: they have to run for that, on next to nothing."""
+        """Give back the memory that sessions keep for the next weights: by a run on next to nothing."""
         if not self._arena:
             return
         options = ort.RunOptions()
