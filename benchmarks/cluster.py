@@ -37,7 +37,7 @@ def network(width: int, layers: int) -> tuple[Any, dict[str, Array]]:
     weights = {f"w{n}": rng.standard_normal((width, width), np.float32) / width for n in range(layers)}
     names = ["x", *(f"h{n}" for n in range(layers - 1)), "y"]
     nodes = [helper.make_node("MatMul", [names[n], f"w{n}"], [names[n + 1]]) for n in range(layers)]
-    row = ["batch", width]
+    row: list[str | int | None] = ["batch", width]
     graph = helper.make_graph(
         nodes,
         "layers",
