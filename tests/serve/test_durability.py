@@ -53,6 +53,60 @@ def test_what_was_committed_answers_after_kill_9(begin, weights):
         RefitClient(running.url, TOKEN).rollback("affine", 3)
 
 
+def test_a_client_that_asks_again_after_a_restart_learns_what_became_of_it(begin, weights):
+    running = begin()
+    client = RefitClient(running.url, TOKEN)
+    done = client.stage("affine", weights(2))
+    committed = client.commit("affine", done["id"])
+    only_staged = client.stage("affine", weights(3))["id"]
+    kill(running)
+    running = begin()
+    client = RefitClient(running.url, TOKEN)
+    again = client.commit("affine", done["id"])
+    assert again["repeated"] is True
+    assert again["version"] == committed["version"] == 2
+    assert client.stage("affine", weights(2))["state"] == "committed", "it answers already"
+    for ask in (client.staged, client.commit, client.discard):
+        with pytest.raises(ServerError, match="before the server was restarted, and is gone") as gone:
+            ask("affine", only_staged)
+        assert gone.value.status == 410
+    assert client.stage("affine", weights(3))["id"] == only_staged, "the same weights get the same id"
+    assert client.commit("affine", only_staged)["version"] == 3
+    with pytest.raises(ServerError, match="does not outlive the server") as unknown:
+        client.staged("affine", "0" * 16)
+    assert unknown.value.status == 404
+
+
+def test_a_commit_that_the_server_did_not_survive_is_found_out(tmp_path):
+    """The journal holds a beginning without an end: the next version's number tells whether it happened."""
+    from onnx_refit.serve.memory import DeskMemory
+
+    path = tmp_path / "desk.jsonl"
+    memory = DeskMemory(path)
+    for identifier, newest in (("happened", 4), ("did-not", 7), ("failed", 7)):
+        memory.staged(identifier, {"label": identifier, "report": {}, "changed": ["w"]})
+        memory.committing(identifier, newest)
+    memory.not_committed("failed")
+    with path.open("ab") as file:
+        file.write(b'{"id":"torn","stag')
+    memory = DeskMemory(path)
+    memory.settle({5: {"version": 5}}.get)
+    assert memory.known["happened"].committed == {"version": 5}
+    assert memory.known["happened"].summary == {"label": "happened"}
+    assert memory.known["did-not"].committed is None
+    assert "torn" not in memory.known
+    # Another one's version 8, made later, is nobody else's.
+    again = DeskMemory(path)
+    again.settle({5: {"version": 5}, 8: {"version": 8}}.get)
+    assert again.known["happened"].committed == {"version": 5}
+    assert again.known["did-not"].committed is None
+    assert again.known["failed"].committed is None
+    many = DeskMemory(tmp_path / "many.jsonl")
+    for number in range(400):
+        many.staged(str(number), {})
+    assert list(DeskMemory(tmp_path / "many.jsonl").known) == [str(number) for number in range(144, 400)]
+
+
 def test_a_second_server_on_the_store_is_refused(begin):
     running = begin()
     with pytest.raises(AssertionError, match="StoreLockedError"):

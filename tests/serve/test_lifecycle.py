@@ -1,6 +1,5 @@
 """Back-pressure, deadlines, stopping, metrics, traces: a server under more load than it can take, and at its end."""
 
-import json
 import signal
 import socket
 import sys
@@ -250,48 +249,3 @@ def test_several_models(start, plan, slow_plan):
     assert running.ask("GET", "/v2/models", token=None)[2] == {"models": ["affine", "other"]}
     assert running.infer() == (1.0, 1)
     assert running.ask("POST", "/v2/models/other/infer", body(1), token=None)[2]["outputs"][0]["data"] == [2.0] * 4
-
-
-def test_traces(plan, monkeypatch):
-    pytest.importorskip("opentelemetry.sdk")
-    import asyncio
-
-    from opentelemetry import trace
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
-    from onnx_refit.serve.app import make_app
-    from onnx_refit.serve.server import Server
-    from onnx_refit.serve.settings import Settings
-
-    kept = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(kept))
-    trace.set_tracer_provider(provider)
-    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    data = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1] * 4}]}).encode()
-    sent = []
-
-    async def run():
-        context = Server({"affine": onnx_refit.load(plan)}, Settings(access_log=False)).context
-        context.serving = True
-        scope = {
-            "type": "http", "method": "POST", "path": "/v2/models/affine/infer", "query_string": b"", "root_path": "",
-            "headers": [(b"traceparent", parent.encode()), (b"content-length", str(len(data)).encode())],
-        }  # fmt: skip
-
-        async def receive():
-            return {"type": "http.request", "body": data, "more_body": False}
-
-        async def send(message):
-            sent.append(message)
-
-        await make_app(context)(scope, receive, send)
-        await asyncio.to_thread(context.close)
-
-    asyncio.run(run())
-    assert sent[0]["status"] == 200
-    (span,) = kept.get_finished_spans()
-    assert f"{span.context.trace_id:032x}" == parent.split("-")[1]
-    assert dict(span.attributes) == {"onnx_refit.model": "affine", "onnx_refit.version": 1}

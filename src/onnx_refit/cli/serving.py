@@ -128,6 +128,8 @@ def serve_command(plans: tuple[str, ...], **options: Any) -> None:
         instances=options["instances"],
         drain_seconds=options["drain_seconds"],
         spool=options["spool"],
+        # Beside the versions: a client that asks again after a restart learns what became of its commit.
+        memory=options["store"],
         access_log=options["access_log"],
         weights_from=parse_origins(options["weights_from"]),
     )

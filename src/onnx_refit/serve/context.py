@@ -12,6 +12,7 @@ from onnx_refit.serve.model import ModelTable
 from onnx_refit.serve.priority import background_pool
 from onnx_refit.serve.settings import Settings
 from onnx_refit.serve.spool import Spool
+from onnx_refit.serve.tracing import in_context
 
 Result = TypeVar("Result")
 # Requests had their time to finish before; what runs now has nobody waiting for it.
@@ -48,11 +49,11 @@ class Context:
 
     async def at_desk(self, work: Callable[[], Result]) -> Result:
         """Run a piece of a refit that is short, or that must not wait for what is being staged."""
-        return await asyncio.get_running_loop().run_in_executor(self._desk, work)
+        return await asyncio.get_running_loop().run_in_executor(self._desk, in_context(work))
 
     async def staging(self, work: Callable[[], Result]) -> Result:
         """Run a check and derivation, one at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._staging, work)
+        return await asyncio.get_running_loop().run_in_executor(self._staging, in_context(work))
 
     def close(self, seconds: float = _LAST_SECONDS) -> bool:
         """End the refits' threads, close the models and the spool. Blocks.

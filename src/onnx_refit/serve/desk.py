@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_refit.errors import CanaryError, OnnxRefitError, RefitError, RefitRejectedError, VersionError
+from onnx_refit.files import WriteError
 from onnx_refit.refit.canary import Canary, CanaryResult
 from onnx_refit.refit.live import Engine
 from onnx_refit.refit.report import RefitReport
@@ -16,11 +17,13 @@ from onnx_refit.refit.transaction import State
 from onnx_refit.refit.versions import VersionInfo
 from onnx_refit.serve.errors import ServeError
 from onnx_refit.serve.events import EventHub
+from onnx_refit.serve.memory import DeskMemory
 from onnx_refit.serve.metrics import Metrics
 from onnx_refit.serve.received import open_upload
 from onnx_refit.serve.settings import Limits
 from onnx_refit.serve.spool import Upload
 from onnx_refit.serve.staging import Entry, StageOptions, StagingTable, make_entry
+from onnx_refit.serve.tracing import SetAttribute, work_span
 from onnx_refit.weights.scan import measure
 
 _LISTED = 200
@@ -38,12 +41,28 @@ class RefitDesk:
         events: where to tell what happens.
         metrics: where to count it.
         limits: how many weight sets may be staged, and for how long.
+        memory: what is remembered across restarts; None where nothing is.
+
+    Raises:
+        WriteError: the memory cannot be written.
     """
 
-    def __init__(self, model: str, engine: Engine, events: EventHub, metrics: Metrics, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: str,
+        engine: Engine,
+        events: EventHub,
+        metrics: Metrics,
+        limits: Limits,
+        memory: DeskMemory | None = None,
+    ) -> None:
         self._model, self._engine, self._events, self._metrics = model, engine, events, metrics
         self._lifetime = limits.staged_seconds
         self._table = StagingTable(limits.staged)
+        self._memory = memory
+        if memory is not None:
+            memory.settle(self._account_of)
+            self._table.restore(memory.known)
         # One guards the table and the counts; the other lets one set at a time be staged, which may take long: nobody
         # else waits for it. Taken in this order: staging, lock.
         self._lock = threading.RLock()
@@ -62,16 +81,18 @@ class RefitDesk:
             ServeError: too many are staged.
             WeightsError, RefitRejectedError, EngineError: it cannot be staged; nothing changed.
         """
-        with self._staging:
+        with self._staging, work_span("refit.stage", model=self._model, bytes=upload.nbytes) as trace:
             with self._lock:
                 self.expire()
                 identifier = options.identity(upload.sha256, self._engine.version)
+                trace("id", identifier)
                 known = self._table.find(identifier)
                 if known is not None and self._stands(known):
+                    trace("result", "known")
                     return known.to_json(), False
                 self._table.require_room()
             self._events.publish("staging", id=identifier, sha256=upload.sha256, bytes=upload.nbytes, label=label)
-            with self._told("rejected", id=identifier, label=label):
+            with self._told("rejected", trace, id=identifier, label=label):
                 source = open_upload(upload, label)
                 try:
                     staged = self._engine.stage(source, options.check_options())
@@ -87,7 +108,11 @@ class RefitDesk:
                 lifetime=self._lifetime,
             )
             with self._lock:
+                if self._memory is not None:
+                    self._memory.staged(identifier, entry.summary)
                 self._table.add(entry)
+                trace("result", "staged")
+                trace("changed", len(entry.summary["changed"]))
                 self._time(staged.seconds)
                 self._count()
                 self._events.publish("staged", **_short(entry))
@@ -115,13 +140,16 @@ class RefitDesk:
         with self._lock:
             entry = self._table.get(identifier)
             staged = self._require_staged(entry, "try a canary on")
-        try:
-            result = staged.canary(canary)
-        except CanaryError as error:
-            self._metrics.canaries.labels(self._model, "refused").inc()
-            entry.canaries.append({"ok": False, "error": str(error)})
-            self._events.publish("canary", id=identifier, ok=False, error=str(error))
-            raise
+        with work_span("refit.canary", model=self._model, id=identifier) as trace:
+            try:
+                result = staged.canary(canary)
+            except CanaryError as error:
+                trace("result", "refused")
+                self._metrics.canaries.labels(self._model, "refused").inc()
+                entry.canaries.append({"ok": False, "error": str(error)})
+                self._events.publish("canary", id=identifier, ok=False, error=str(error))
+                raise
+            trace("result", "passed")
         self._metrics.canaries.labels(self._model, "passed").inc()
         self._metrics.canary_seconds.labels(self._model).observe(result.seconds)
         account = _canary_json(result)
@@ -137,22 +165,52 @@ class RefitDesk:
                 required.
             StoreError: the durable store could not take it; nothing was published.
         """
-        with self._lock:
+        with self._lock, work_span("refit.commit", model=self._model, id=identifier) as trace:
             self.expire()
             entry = self._table.get(identifier)
             if entry.committed is not None:
+                trace("result", "repeated")
                 return {**entry.committed, "repeated": True, "current": self._engine.version}
             staged = self._require_staged(entry, "commit")
             if require_canary and not any(canary["ok"] for canary in entry.canaries):
                 raise RefitError("no canary has passed on it", hint="Run one, or commit without asking for it")
-            with self._told("failed", id=identifier):
+            with self._told("failed", trace, id=identifier), self._remembered(identifier):
                 report = staged.commit()
             entry.staged = None
             entry.committed = _report_json(report)
+            if self._memory is not None:
+                # It is committed, whatever the disk says now; the next start finds out from the version.
+                with contextlib.suppress(WriteError):
+                    self._memory.committed(identifier, entry.committed)
+            trace("result", "committed")
+            trace("version", report.version)
+            trace("previous", report.previous)
             self._time({"commit": report.seconds.get("commit", 0.0)})
             self._done("committed")
             self._events.publish("committed", id=identifier, **entry.committed)
             return {**entry.committed, "repeated": False, "current": report.version}
+
+    @contextlib.contextmanager
+    def _remembered(self, identifier: str) -> Iterator[None]:
+        """Write down that a commit begins, and that it failed if it does."""
+        if self._memory is None:
+            yield
+            return
+        newest = max((info.number for info in self._engine.versions), default=0)
+        self._memory.committing(identifier, newest)
+        try:
+            yield
+        except OnnxRefitError:
+            with contextlib.suppress(WriteError):
+                self._memory.not_committed(identifier)
+            raise
+
+    def _account_of(self, version: int) -> dict[str, Any] | None:
+        """What can still be said of the commit that made a version."""
+        for info in self._engine.versions:
+            if info.number == version:
+                return {"version": version, "previous": info.parent, "source": info.source, "seconds": {}}
+        return None
 
     def discard(self, identifier: str) -> dict[str, Any]:
         """Drop a staged set; again, nothing. RefitError if it was committed."""
@@ -196,12 +254,16 @@ class RefitDesk:
         Raises:
             VersionError: there is none, or it is no longer held.
         """
-        with self._lock:
+        with self._lock, work_span("refit.rollback", model=self._model) as trace:
             before = self._engine.version
             if to == before:
+                trace("result", "repeated")
                 return {"version": before, "previous": before, "repeated": True}
-            with self._told("failed"):
+            with self._told("failed", trace):
                 report = self._engine.rollback(to)
+            trace("result", "rolled_back")
+            trace("version", report.version)
+            trace("previous", report.previous)
             self._done("rolled_back")
             self._events.publish("rolled_back", version=report.version, previous=report.previous)
             return {"version": report.version, "previous": report.previous, "repeated": False}
@@ -267,12 +329,13 @@ class RefitDesk:
     # ------------------------------------------------------------------ telling
 
     @contextlib.contextmanager
-    def _told(self, kind: str, **data: Any) -> Iterator[None]:
-        """Count a failure and publish it as an event, then let it pass."""
+    def _told(self, kind: str, trace: SetAttribute, **data: Any) -> Iterator[None]:
+        """Count a failure, publish it as an event and as the span's result, then let it pass."""
         try:
             yield
         except OnnxRefitError as error:
             result = "rejected" if isinstance(error, RefitRejectedError) else "failed"
+            trace("result", result)
             self._metrics.refits.labels(self._model, result).inc()
             self._events.publish(kind, **data, error=str(error))
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -13,10 +14,11 @@ from starlette.exceptions import HTTPException
 
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.serve.auth import Gatekeeper, need_of
-from onnx_refit.serve.body import headers_of
+from onnx_refit.serve.body import Headers, headers_of
 from onnx_refit.serve.errors import Failure, failure_of
 from onnx_refit.serve.logs import log, request_id
 from onnx_refit.serve.metrics import Metrics
+from onnx_refit.serve.tracing import request_span, text_headers, tracing
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -84,7 +86,8 @@ class Gateway:
         error: BaseException | None = None
         try:
             self._gatekeeper.require(need_of(scope["path"]), headers.get(b"authorization"))
-            await self._app(scope, take, answer)
+            with _traced(scope, headers):
+                await self._app(scope, take, answer)
         except asyncio.CancelledError:
             raise
         except Exception as caught:  # noqa: BLE001 - the last line of defence: a response for the client, the rest for the log
@@ -115,6 +118,17 @@ class Gateway:
                 client=(scope.get("client") or ("",))[0],
                 **({"error": str(error)} if error is not None else {}),
             )
+
+
+def _traced(scope: MutableMapping[str, Any], headers: Headers) -> contextlib.AbstractContextManager[object]:
+    """The span of a request that changes weights or traffic; inferences have one of their own."""
+    if scope["method"] == "GET" or "/refit" not in scope["path"] or not tracing():
+        return contextlib.nullcontext()
+    parts = scope["path"].split("/")
+    # Ids and versions stay out of the name, so that there are few names.
+    verb = next((part for part in reversed(parts) if part.isalpha()), "refit")
+    name = f"{scope['method']} {verb}"
+    return request_span(name, text_headers(headers), model=parts[3][:100] if len(parts) > 3 else "", protocol="http")
 
 
 async def _drain(receive: Receive) -> None:

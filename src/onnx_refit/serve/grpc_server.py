@@ -18,6 +18,7 @@ from onnx_refit.serve.logs import log, request_id
 from onnx_refit.serve.proto import messages
 from onnx_refit.serve.request import parse_version
 from onnx_refit.serve.rest_v2 import EXTENSIONS
+from onnx_refit.serve.tracing import request_span, tracing
 
 try:
     import grpc
@@ -80,7 +81,9 @@ class _Service:
             key = _metadata(call).get("onnx-refit-split-key")
             if key is not None:
                 request = replace(request, split_key=str(key))
-            response = await model.infer(request, parse_version(_metadata(call).get("onnx-refit-version")))
+            with request_span("infer", _carrier(call), model=model.name, protocol="grpc") as trace:
+                response = await model.infer(request, parse_version(_metadata(call).get("onnx-refit-version")))
+                trace("version", response.version)
             code = 200
             return encode_response(request, response)
         except BaseException as error:
@@ -123,6 +126,11 @@ _METHODS = tuple(name for name in vars(_Service) if name[0].isupper())
 
 def _metadata(call: Any) -> dict[str, Any]:
     return dict(call.invocation_metadata() or ())
+
+
+def _carrier(call: Any) -> dict[str, str]:
+    """The metadata that is text, if anybody traces."""
+    return {name: value for name, value in _metadata(call).items() if isinstance(value, str)} if tracing() else {}
 
 
 def _guarded(name: str, handler: Handler, gatekeeper: Gatekeeper, access_log: bool) -> Handler:

@@ -15,6 +15,7 @@ from onnx_refit.serve.desk import RefitDesk
 from onnx_refit.serve.errors import DeadlineError, DrainingError
 from onnx_refit.serve.events import EventHub
 from onnx_refit.serve.fastpath import FastPath
+from onnx_refit.serve.memory import DeskMemory
 from onnx_refit.serve.metrics import Metrics
 from onnx_refit.serve.request import InferRequest, InferResponse
 from onnx_refit.serve.scheduler import Job, Scheduler
@@ -41,7 +42,8 @@ class ServedModel:
         self.online = True
         self.traffic: TrafficSplit | None = None
         self.events = EventHub()
-        self.desk = RefitDesk(name, engine, self.events, metrics, settings.limits)
+        memory = None if settings.memory is None else DeskMemory(settings.memory / f"{name}.desk.jsonl")
+        self.desk = RefitDesk(name, engine, self.events, metrics, settings.limits, memory)
         self.unbatched = "batching is off" if settings.batching.rows == 1 else why_not_batchable(engine)
         self.max_rows = 1 if self.unbatched else settings.batching.rows
         self._most_seconds = settings.limits.request_seconds

@@ -100,7 +100,7 @@ def _operation(
     operation: Schema = {"summary": summary, "parameters": list(parameters), "responses": {}}
     for code in success:
         operation["responses"][str(code)] = _answer("as asked", answer)
-    for code in (400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 503, 504, *failures):
+    for code in (400, 401, 403, 404, 405, 408, 410, 413, 415, 429, 431, 503, 504, *failures):
         operation["responses"][str(code)] = _answer("refused, with an object that says why in 'error'")
     if body is not None:
         operation["requestBody"] = {"required": needs_body, "content": {kind: {"schema": body}}}

@@ -21,7 +21,7 @@ from onnx_refit.serve.gateway import Receive, Send, send_bytes
 from onnx_refit.serve.json_response import JsonResponse
 from onnx_refit.serve.request import parse_version
 from onnx_refit.serve.rest_codec import HEADER_LENGTH, decode_request, encode_response, parse_json
-from onnx_refit.serve.tracing import span
+from onnx_refit.serve.tracing import request_span, text_headers
 
 EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "onnx_refit"]
 VERSION_HEADER = b"onnx-refit-version"
@@ -42,9 +42,9 @@ class Infer:
         model = context.models.get(scope["path_params"]["model"])
         code = 500
         try:
-            with span("infer", scope, model=model.name) as trace:
+            headers = headers_of(scope)
+            with request_span("infer", text_headers(headers), model=model.name, protocol="http") as trace:
                 context.require_serving()
-                headers = headers_of(scope)
                 limits = self._limits
                 body = await read_body(receive, headers, limit=limits.body_bytes, seconds=limits.request_seconds)
                 length = headers.get(HEADER_LENGTH.encode())
@@ -56,7 +56,7 @@ class Infer:
                     request = replace(request, split_key=key.decode("latin-1"))
                 version = scope["path_params"].get("version") or headers.get(VERSION_HEADER, b"").decode("latin-1")
                 response = await model.infer(request, parse_version(version))
-                trace("onnx_refit.version", response.version)
+                trace("version", response.version)
                 data, length_of_json = encode_response(request, response)
             extra = [(VERSION_HEADER, str(response.version).encode())]
             kind = b"application/json"

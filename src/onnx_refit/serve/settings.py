@@ -87,6 +87,8 @@ class Settings:
         instances: inferences of one model that run at a time.
         drain_seconds: how long a stopping server lets running requests finish.
         spool: directory for uploads; None makes a temporary one.
+        memory: directory in which every model remembers what was staged and committed, so that a client can ask
+            again after a restart; None remembers nothing.
         access_log: write a log line for every request.
         weights_from: alias -> a place that clients may point to for weights.
     """
@@ -102,6 +104,7 @@ class Settings:
     instances: int = 1
     drain_seconds: float = 30.0
     spool: Path | None = None
+    memory: Path | None = None
     access_log: bool = True
     weights_from: Mapping[str, Origin] = field(default_factory=dict)
 

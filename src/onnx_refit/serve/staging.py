@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +13,7 @@ from onnx_refit.errors import VersionError
 from onnx_refit.refit.check import Casting, CheckOptions
 from onnx_refit.refit.transaction import Staged, State
 from onnx_refit.serve.errors import ServeError
+from onnx_refit.serve.memory import Memory
 
 _REMEMBERED = 256
 
@@ -58,6 +60,7 @@ class Entry:
         summary: JSON-able account of it.
         deadline: when it is discarded, on the monotonic clock.
         committed: the account of the commit, once there is one.
+        lost: whether it was staged before the server was restarted, and not committed.
     """
 
     id: str
@@ -66,6 +69,7 @@ class Entry:
     deadline: float
     committed: dict[str, Any] | None = None
     canaries: list[dict[str, Any]] = field(default_factory=list)
+    lost: bool = False
 
     @property
     def state(self) -> State:
@@ -80,7 +84,7 @@ class Entry:
         if self.committed is not None:
             shown["version"] = self.committed["version"]
         if not report:
-            shown.pop("report")
+            shown.pop("report", None)
         return shown
 
 
@@ -126,8 +130,29 @@ class StagingTable:
         """An entry, whatever its state; VersionError if it is not known."""
         entry = self._entries.get(identifier)
         if entry is None:
-            raise VersionError(f"nothing is staged as {identifier[:40]!r}", hint="List what is staged")
+            raise VersionError(
+                f"nothing is staged as {identifier[:40]!r}",
+                hint="List what is staged; what only was staged does not outlive the server",
+            )
+        if entry.lost:
+            raise ServeError(
+                410,
+                f"{identifier!r} was staged before the server was restarted, and is gone",
+                hint="Send the weights again: they get the same id",
+            )
         return entry
+
+    def restore(self, known: Mapping[str, Memory]) -> None:
+        """Take in what an earlier run of the server knew."""
+        for identifier, memory in known.items():
+            self._entries[identifier] = Entry(
+                identifier,
+                staged=None,
+                summary=memory.summary,
+                deadline=0.0,
+                committed=memory.committed,
+                lost=memory.committed is None,
+            )
 
     def require_room(self) -> None:
         """ServeError unless one more may be staged."""
