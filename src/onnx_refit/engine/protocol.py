@@ -7,7 +7,8 @@ checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.tensors import Array, TensorSpec
@@ -158,4 +159,41 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the device's resources; running afterwards raises EngineError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found out about a source weight where it is.
+
+    Attributes:
+        finite: whether no element is NaN or infinite.
+        elements: the bytes of the elements asked for.
+    """
+
+    finite: bool
+    elements: bytes
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """A backend that takes source weights from its own device: they are checked there and never read by the host.
+
+    ``derive`` then takes these values instead of arrays.
+    """
+
+    def holds(self, values: Mapping[str, object]) -> bool:
+        """Whether these are all source weights, each dense on this device and of the declared dtype and shape."""
+        ...
+
+    def look(self, values: Mapping[str, object], positions: Mapping[str, Array]) -> Mapping[str, Seen]:
+        """Look at weights that it holds: flat positions -> the elements there, at most 32 a weight."""
+        ...
+
+    def put_aside(self, values: Mapping[str, object]) -> Mapping[str, Array]:
+        """Copies on the device, each read to the host when it is asked for."""
+        ...
+
+    def equals(self, weights: WeightSet, name: str, value: object) -> bool:
+        """Whether a recoverable source weight of a weight set has the very bits of a value."""
         ...

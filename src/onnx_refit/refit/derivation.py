@@ -12,6 +12,7 @@ from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
+from onnx_refit.refit.in_place import InPlaceRefit
 from onnx_refit.refit.inspection import Inspection
 from onnx_refit.refit.packet import Packet
 from onnx_refit.refit.retain import Retainer
@@ -49,6 +50,7 @@ class Derivation:
         kept.sort(key=lambda spec: spec.name not in self._small)
         self._retainer = Retainer(kept, disk=cold, together=len(self._small & self._kept_names))
         self._sampler = Sampler(self._packet)
+        self._in_place = InPlaceRefit(backend, self._specs, self._kept_names, self._retainer, self._sampler)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -108,6 +110,9 @@ class Derivation:
             EngineError: the derivation failed.
         """
         current = self.weights_of(base)
+        found = self._in_place.candidate(base, current.read, given, options, seconds)
+        if found is not None:
+            return found
         look = not options.allow_nonfinite
         with timed(seconds, "check"):
             report, arrays = self._check(given, current, options, finite_later=True)

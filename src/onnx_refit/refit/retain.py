@@ -197,6 +197,13 @@ class Retainer:
             np.copyto(target, arrays[name])
         return keeping.finish()
 
+    def adopt(self, arrays: Mapping[str, Array]) -> Kept:
+        """What is kept, in somebody else's memory: every weight to keep, read when it is asked for."""
+        if not self._layout:
+            return Kept({})
+        self._touch()
+        return Kept(dict.fromkeys(self._layout, self._chunk(arrays)))
+
     def keep(self, changed: Iterable[str], before: Kept | None) -> Keeping:
         """Memory to write the weights to keep into, for those who write them themselves.
 

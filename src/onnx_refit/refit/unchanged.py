@@ -78,14 +78,25 @@ class Sampler:
                 small[row] = array.reshape(-1).view(np.uint32).take(self._positions[row] - self._begins[row])
         return Samples(small, others)
 
-    def alike(self, names: Mapping[str, Array], one: Samples, other: Samples) -> Iterator[str]:
+    def positions(self, name: str, size: int) -> npt.NDArray[np.int64]:
+        """Which elements of a weight are its samples, for those who take them elsewhere."""
+        row = self._rows.get(name)
+        return _positions(size) if row is None else self._positions[row] - self._begins[row]
+
+    def assemble(self, elements: Mapping[str, bytes]) -> Samples:
+        """Samples of a whole version, from the elements of every weight at its ``positions``."""
+        small = np.empty(self._positions.shape, np.uint32)
+        for name, row in self._rows.items():
+            small[row] = np.frombuffer(elements[name], np.uint32)
+        return Samples(small, {name: taken for name, taken in elements.items() if name not in self._rows})
+
+    def alike(self, names: Mapping[str, object], one: Samples, other: Samples) -> Iterator[str]:
         """Those of these weights whose samples are the same."""
         for row in np.flatnonzero((one.small == other.small).all(axis=1)).tolist():
             if self._names[row] in names:
                 yield self._names[row]
-        for name in names:
-            taken = one.others.get(name)
-            if taken is not None and taken == other.others.get(name):
+        for name, taken in one.others.items():
+            if taken == other.others.get(name) and name in names:
                 yield name
 
 

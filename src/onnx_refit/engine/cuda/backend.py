@@ -18,11 +18,12 @@ from onnx_refit.engine.cuda.filling import Filler, Source
 from onnx_refit.engine.cuda.lowering.operators import Tensor
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
 from onnx_refit.engine.cuda.plain import plain_weights
+from onnx_refit.engine.cuda.resident import Resident, same_bits
 from onnx_refit.engine.cuda.runner import Runner, to_input
 from onnx_refit.engine.cuda.streams import on_device
 from onnx_refit.engine.cuda.torchlib import real_dtype
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
-from onnx_refit.engine.protocol import Inspector, WeightSet
+from onnx_refit.engine.protocol import Inspector, Seen, WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.evaluate import affected, required
@@ -58,6 +59,7 @@ class CudaBackend:
         self._filler = Filler(compiled, self._layout, self.device, self._real, options.chunk)
         self._names = [spec.name for spec in compiled.outputs]
         self._sources = {source.spec.name: source.spec for source in compiled.sources}
+        self._resident = Resident(self._sources, self.device)
         self._refits = threading.Lock()
         self._closed = False
 
@@ -124,6 +126,26 @@ class CudaBackend:
         raw = own(weights).places[held].raw(held).view(torch.uint8).cpu().numpy()
         array: Array = raw.view(numpy_dtype(spec.dtype)).reshape(spec.static_shape).copy()
         return array
+
+    def holds(self, values: Mapping[str, object]) -> bool:
+        """See ``InPlace.holds``."""
+        return self._resident.holds(values)
+
+    def look(self, values: Mapping[str, object], positions: Mapping[str, Array]) -> Mapping[str, Seen]:
+        """See ``InPlace.look``."""
+        with self._refits, on_device(self.device):
+            return self._resident.look(values, positions)
+
+    def put_aside(self, values: Mapping[str, object]) -> Mapping[str, Array]:
+        """See ``InPlace.put_aside``."""
+        with on_device(self.device):
+            return self._resident.put_aside(values)
+
+    def equals(self, weights: WeightSet, name: str, value: object) -> bool:
+        """See ``InPlace.equals``."""
+        held = self._recoverable()[name]
+        with on_device(self.device):
+            return same_bits(own(weights).places[held].raw(held), value)
 
     def derive(
         self,

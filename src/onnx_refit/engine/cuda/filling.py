@@ -12,7 +12,7 @@ import torch
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
 from onnx_refit.engine.cuda.families import Family, families, formulas, sources_of
-from onnx_refit.engine.cuda.gather import Copies, Looks, Part, Positions, Table
+from onnx_refit.engine.cuda.gather import Copies, Part, Table
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.lowering.program import to_real
 from onnx_refit.engine.cuda.pinned import PinnedCopies, is_host
@@ -81,8 +81,6 @@ class Filler:
         found = formulas(compiled) if self._kernels and real is torch.float32 else {}
         self._formulas = {name: found[name] for name in found if layout.slots[name].source is None}
         self.computed_from = sources_of(self._formulas)
-        self._looked: tuple[str, ...] | None = None
-        self._looks: tuple[Table, Looks] | None = None
 
     def _as_it_is(self, slot: Slot) -> bool:
         return self._specs[str(slot.source)].nbytes == slot.nbytes
@@ -230,37 +228,6 @@ class Filler:
         if targets:
             # One call for all: tensors of this device in few launches, those of pinned host memory by direct copies.
             torch._foreach_copy_(targets, given, non_blocking=True)
-
-    # ------------------------------------------------------------------ looking at weights where they are
-
-    def look(self, values: Mapping[str, Tensor], positions: Positions) -> tuple[list[bool], list[bytes]]:
-        """Whether source weights on this device are finite, and some of their elements; waits for the device.
-
-        Args:
-            values: source weight name -> dense tensor on this device, of the declared dtype and shape.
-            positions: which elements to give; the same function at every call.
-        """
-        names, tensors = tuple(values), list(values.values())
-        if self._kernels:
-            if self._looked != names:
-                table = Table([self._part(name) for name in names], self._device)
-                self._looked, self._looks = names, (table, Looks(table, positions))
-            assert self._looks is not None
-            table, looks = self._looks
-            if table.note(tensors):
-                return looks.run()
-        with torch.no_grad():
-            return _look_one_by_one(tensors, positions)
-
-
-def _look_one_by_one(tensors: Sequence[Tensor], positions: Positions) -> tuple[list[bool], list[bytes]]:
-    finite = [bool(torch.isfinite(tensor).all()) for tensor in tensors]
-    samples = []
-    for tensor in tensors:
-        at = torch.from_numpy(positions(tensor.numel())).to(tensor.device)
-        taken = tensor.reshape(-1)[at].cpu()
-        samples.append(taken.view(torch.uint8).numpy().tobytes())
-    return finite, samples
 
 
 def _on_host(value: Source) -> bool:

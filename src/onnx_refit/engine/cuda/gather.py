@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -24,9 +24,6 @@ _SAMPLES = 32
 _WIDEST = 8  # bytes of an element
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
-
-Positions = Callable[[int], npt.NDArray[np.int64]]
-"""Number of elements -> up to 32 positions."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,10 @@ class Looks:
 
     Args:
         table: the tensors.
-        positions: which elements to give.
+        positions: for each tensor, which of its elements to give, at most 32.
     """
 
-    def __init__(self, table: Table, positions: Positions) -> None:
+    def __init__(self, table: Table, positions: Sequence[npt.NDArray[np.int64]]) -> None:
         self._table = table
         device, parts = table.device, table.parts
         pieces = cut(parts, [(index, 0) for index in range(len(parts))])
@@ -121,8 +118,7 @@ class Looks:
         self._pieces = upload(pieces, device)
         self._lengths = []
         chosen = np.full((len(parts), _SAMPLES), -1, np.int64)
-        for row, part in zip(chosen, parts, strict=True):
-            at = positions(int(np.prod(part.shape)))
+        for row, at in zip(chosen, positions, strict=True):
             row[: len(at)] = at
             self._lengths.append(len(at))
         self._positions = upload(chosen, device)

@@ -16,7 +16,7 @@ import torch
 from onnx_refit.engine.cuda.backend import CudaBackend
 from onnx_refit.engine.cuda.filling import Source
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
-from onnx_refit.engine.protocol import FullSpeed, Inspector, WeightSet
+from onnx_refit.engine.protocol import FullSpeed, Inspector, Seen, WeightSet
 from onnx_refit.engine.single_tier import SingleTier
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import Decision, Verdict
@@ -47,13 +47,18 @@ class GroupWeightSet:
 
 
 class CudaGroup:
-    """A backend over backends: requests go to the device with the fewest in flight. Thread-safe."""
+    """A backend over backends: requests go to the device with the fewest in flight. Thread-safe.
 
-    def __init__(self, members: Sequence[CudaBackend]) -> None:
+    Args:
+        members: one backend a device.
+        nccl: spread weights by NCCL where it can be had.
+    """
+
+    def __init__(self, members: Sequence[CudaBackend], *, nccl: bool = True) -> None:
         self._members = tuple(members)
         self._in_flight = [0] * len(members)
         self._lock = threading.Lock()
-        self._nccl = True
+        self._nccl = nccl
         self._notes: list[Decision] = []
         self._pool = ThreadPoolExecutor(len(members), thread_name_prefix="onnx-refit-group")
 
@@ -90,6 +95,22 @@ class CudaGroup:
     def recover(self, weights: WeightSet, name: str) -> Array:
         """A source weight read back from the first device."""
         return self._members[0].recover(_own(weights).members[0], name)
+
+    def holds(self, values: Mapping[str, object]) -> bool:
+        """See ``InPlace.holds``: on the first device."""
+        return self._members[0].holds(values)
+
+    def look(self, values: Mapping[str, object], positions: Mapping[str, Array]) -> Mapping[str, Seen]:
+        """See ``InPlace.look``."""
+        return self._members[0].look(values, positions)
+
+    def put_aside(self, values: Mapping[str, object]) -> Mapping[str, Array]:
+        """See ``InPlace.put_aside``."""
+        return self._members[0].put_aside(values)
+
+    def equals(self, weights: WeightSet, name: str, value: object) -> bool:
+        """See ``InPlace.equals``."""
+        return self._members[0].equals(_own(weights).members[0], name, value)
 
     def derive(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +33,16 @@ _NATIVE: dict[np.dtype[Any], str] = {
 
 def is_torch_tensor(value: object) -> bool:
     """Whether a value is a PyTorch tensor, without importing PyTorch."""
-    return any(c.__module__.startswith("torch") and c.__name__ == "Tensor" for c in type(value).__mro__)
+    kind = type(value)
+    known = _IS_TORCH.get(kind)
+    if known is None:
+        known = any(c.__module__.startswith("torch") and c.__name__ == "Tensor" for c in kind.__mro__)
+        _IS_TORCH[kind] = known
+    return known
+
+
+_IS_TORCH: dict[type[Any], bool] = {}
+"""Which classes are PyTorch's tensors, as far as they came up."""
 
 
 def torch_to_numpy(tensor: Any, *, where: str) -> Array:
@@ -180,6 +189,11 @@ class ArraysSource:
             found[spec.name] = array
         return found if len(found) == len(values) else None
 
+    @property
+    def values(self) -> Mapping[str, object]:
+        """Name -> value as it was given, on its own device."""
+        return self._values
+
     def raw(self, name: str) -> object:
         """The value as it was given, on its own device; WeightsError if there is none of that name."""
         if name not in self._values:
@@ -200,11 +214,16 @@ class ArraysSource:
 
 def _torch_spec(name: str, tensor: Any, where: str) -> TensorSpec:
     """The spec of a torch tensor without bringing it to the host."""
-    code = str(tensor.dtype)
-    dtype = _TORCH_NAMES.get(code)
+    dtype = _torch_dtype(tensor.dtype)
     if dtype is None:
-        try:
-            dtype = dtype_name(code.removeprefix("torch."))
-        except (TypeError, ModelError) as error:
-            raise WeightsError(f"dtype {code} is not supported", where=where) from error
-    return TensorSpec(name, dtype, tuple(int(d) for d in tensor.shape))
+        raise WeightsError(f"dtype {tensor.dtype} is not supported", where=where)
+    return TensorSpec(name, dtype, tuple(tensor.shape))
+
+
+@lru_cache(maxsize=256)
+def _torch_dtype(dtype: object) -> str | None:
+    code = str(dtype)
+    try:
+        return _TORCH_NAMES.get(code) or dtype_name(code.removeprefix("torch."))
+    except (TypeError, ModelError):
+        return None
