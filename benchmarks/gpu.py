@@ -1,11 +1,13 @@
-"""Measure the engine "cuda" beside its peers, in one process, and write JSON.
+"""Measure the engine "cuda" beside its peers and write JSON.
 
     python -m benchmarks.gpu --out gpu.json                      one GPU, all cases
     python -m benchmarks.gpu --out gpu.json --gpus 4 --only group
     python -m benchmarks.gpu --out smoke.json --device cpu --quick --only mlp     that this file works, without a GPU
 
-Every figure comes from paired, interleaved rounds (``benchmarks.measure.race``); what failed or was not there is in
-the JSON with its reason. Needs torch; CuPy for the persistent kernel; onnxruntime-gpu and a C++ compiler for two peers.
+Figures come from paired, interleaved rounds in one process (``benchmarks.measure.race``), but for what compiles, which
+runs in processes of its own (``benchmarks.gpu_isolated``). All is float32 without TF32 unless its name says otherwise.
+What failed or was not there is in the JSON with its reason. Needs torch; CuPy for our kernels; onnxruntime-gpu and a
+C++ compiler for some peers.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,22 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from benchmarks import gpu_peers
+import onnx_refit
+from benchmarks import gpu_isolated, gpu_peers
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import machine, once, race, ratio
 from onnx_refit.engine.cuda.backend import CudaBackend
 from onnx_refit.engine.cuda.choice import candidates
 from onnx_refit.engine.cuda.create import create
+from onnx_refit.engine.cuda.group import CudaGroup
 from onnx_refit.engine.cuda.options import CudaOptions, Precision, Recurrent
+from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.model.prepare import prepare
 from onnx_refit.plan.compile import compile_model
 from onnx_refit.plan.compiled import CompiledModel, RefitProgram, SourceWeight
 from onnx_refit.plan.evaluate import evaluate
 from onnx_refit.tensors import Array, spec_of, spec_of_value_info, value_info_of
-
-BATCHES = {"resnet18": (32,), "resnet50": ()}
 
 
 def hardware(device: str) -> dict[str, object]:
@@ -60,8 +63,8 @@ def hardware(device: str) -> dict[str, object]:
 class Measured:
     """One case on one device."""
 
-    def __init__(self, case: Case, device: str, quick: bool) -> None:
-        self.case, self.device, self.quick = case, device, quick
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, device
         self.model = prepare(case.model, for_engine="cuda").model
         compilation = compile_model(self.model)
         self.compiled, self.weights = compilation.compiled, dict(compilation.weights)
@@ -79,19 +82,24 @@ class Measured:
         dtypes = {spec.name: spec.dtype for spec in self.compiled.inputs}
         return {name: np.asarray(array).astype(dtypes[name]) for name, array in inputs.items()}
 
-    def inference(self, label: str, inputs: Mapping[str, Array], seconds: float) -> dict[str, object]:
-        """Ours beside the peers, and how far the outputs are from ONNX Runtime's on the CPU."""
+    def inference(
+        self, label: str, inputs: Mapping[str, Array], seconds: float, isolated: Mapping[str, Any]
+    ) -> dict[str, object]:
+        """Ours beside the peers, and how far the outputs are from ONNX Runtime's on the CPU.
+
+        The best peer is the fastest of those that do the same: float32, inputs and outputs the caller's own.
+        """
         feeds = self.feeds(inputs)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()}
         calls: dict[str, Callable[[], object]] = {}
         notes: dict[str, object] = {}
-        variants: dict[str, dict[str, Any]] = {"ours": {}, "ours, tf32": {"precision": Precision.TF32}}
+        variants: dict[str, dict[str, Any]] = {
+            "ours": {},
+            "ours, tf32": {"precision": Precision.TF32},
+            "ours, bf16": {"precision": Precision.BF16},
+        }
         if self.case.recurrent:
             variants["ours, library recurrence"] = {"recurrent": Recurrent.LIBRARY}
-        else:
-            variants["ours, bf16"] = {"precision": Precision.BF16}
-            if not self.quick:
-                variants["ours, Inductor"] = {"inductor": True}
         wanted = reference(self.model, feeds)
         errors = {}
         for name, options in variants.items():
@@ -103,10 +111,10 @@ class Measured:
                 for key, value in wanted.items()
             )
             calls[name] = lambda backend=backend, held=held: backend.run_tensors(held, tensors)  # type: ignore[misc]
-        built = {}
-        makers = []
-        if self.case.module is not None:
-            makers += gpu_peers.torch_peers(self.case.module, feeds, self.device, quick=self.quick)
+            if name == "ours":
+                calls["ours, NumPy to NumPy"] = lambda backend=backend, held=held: backend.run(held, feeds)  # type: ignore[misc]
+        peers: list[gpu_peers.Peer] = []
+        makers = [] if self.case.module is None else gpu_peers.torch_peers(self.case.module, feeds, self.device)
         try:
             makers += gpu_peers.ort_peers(self.model, self.compiled, self.engine_weights(), feeds)
         except RuntimeError as error:
@@ -114,26 +122,37 @@ class Measured:
         for make in makers:
             try:
                 with torch.no_grad():
-                    peer = make()
+                    peers.append(make())
             except Exception as error:  # noqa: BLE001 - a peer that fails is a result
                 notes[getattr(make, "__name__", "peer")] = f"{type(error).__name__}: {str(error)[:300]}"
-                continue
-            calls[peer.name], built[peer.name] = peer.call, peer.seconds
-            if peer.update is not None:
-                peer.update()
-                notes[f"{peer.name}: seconds of a constant update"] = once(peer.update)
-        with torch.no_grad():
+        calls |= {peer.name: peer.call for peer in peers}
+        with torch.no_grad(), gpu_peers.tf32(False):
             figures = race(calls, seconds=seconds)
-        medians = {name: statistics.median(values) for name, values in figures.items()}
-        peers = {name: value for name, value in medians.items() if not name.startswith("ours")}
-        best = min(peers, key=peers.__getitem__) if peers else None
+        medians = {name: round(statistics.median(values) * 1e6, 2) for name, values in figures.items()}
+        alike = {peer.name: medians[peer.name] for peer in peers if peer.alike}
+        if self.case.recurrent:
+            alike["ours, library recurrence"] = medians["ours, library recurrence"]
+        for name, result in isolated.items():
+            if "microseconds" not in result:
+                notes[name] = result["failed"]
+                continue
+            medians[f"{name} (own process)"] = result["microseconds"]
+            if not name.startswith("ours"):
+                alike[f"{name} (own process)"] = result["microseconds"]
+        best = min(alike, key=alike.__getitem__) if alike else None
+        over = None if best is None else medians["ours"] / alike[best]
+        if best in figures:
+            over = ratio(figures, "ours", str(best))
+        built = {peer.name: peer.seconds for peer in peers}
+        built |= {name: result["seconds to build"] for name, result in isolated.items() if "seconds to build" in result}
         return {
             "input": label,
-            "microseconds": {name: round(value * 1e6, 2) for name, value in medians.items()},
+            "microseconds": medians,
             "best peer": best,
-            "ours over best peer": None if best is None else round(ratio(figures, "ours", best), 3),
+            "ours over best peer": None if over is None else round(over, 3),
             "largest error": errors,
-            "seconds to build": built,
+            "seconds to build": {name: round(value, 4) for name, value in built.items()},
+            "in processes of their own": isolated,
             "notes": notes,
         }
 
@@ -154,6 +173,17 @@ class Measured:
         target, source = (torch.empty(self.nbytes, dtype=torch.uint8, device=self.device) for _ in range(2))
         held = [backend.derive(self.weights), backend.derive(self.weights)]
         turn = [0]
+        bound = backend.bind(there) if on_gpu else there
+        plan = onnx_refit.build(self.model, engine="cuda", options=onnx_refit.BuildOptions(specialise=False))
+        engine = onnx_refit.load(plan, options=EngineOptions(cuda=CudaOptions(devices=(self.device,))))
+        other = {name: tensor.clone() for name, tensor in there.items()}
+        for tensor in other.values():
+            if tensor.is_floating_point():
+                tensor.add_(1e-3)
+
+        def whole() -> object:
+            turn[0] ^= 1
+            return engine.refit(other if turn[0] else there)
 
         def switch() -> object:
             turn[0] ^= 1
@@ -164,18 +194,25 @@ class Measured:
             "copy from pinned memory": gpu_peers.synchronised(
                 lambda: target.copy_(flat, non_blocking=True), self.device
             ),
+            "refit from bound device weights": lambda: backend.derive(bound),
             "refit from device weights": lambda: backend.derive(there),
+            "whole transaction from device weights": whole,
             "refit from pinned weights": lambda: backend.derive(pinned),
             "refit from NumPy arrays": lambda: backend.derive(self.weights),
             "inference": lambda: backend.run_tensors(held[turn[0]], tensors),
             "inference that switches the version": switch,
         }
         figures = race(calls, seconds=seconds)
+        engine.close()
+        medians = {name: statistics.median(values) for name, values in figures.items()}
         return {
             "weights, MB": round(self.nbytes / 1e6, 2),
             "tensors": len(self.weights),
             "input": label,
-            "microseconds": {name: round(statistics.median(values) * 1e6, 1) for name, values in figures.items()},
+            "microseconds": {name: round(value * 1e6, 1) for name, value in medians.items()},
+            "bound device refit over copy": round(
+                ratio(figures, "refit from bound device weights", "copy within the device"), 2
+            ),
             "device refit over copy": round(ratio(figures, "refit from device weights", "copy within the device"), 2),
             "pinned refit over copy": round(ratio(figures, "refit from pinned weights", "copy from pinned memory"), 2),
         }
@@ -208,6 +245,7 @@ class Measured:
         busy = latencies(seconds)
         stop.set()
         thread.join()
+        backend.close()
         p99 = {"idle": float(np.quantile(idle, 0.99)), "refits": float(np.quantile(busy, 0.99))}
         return {
             "refits": refits[0],
@@ -256,10 +294,15 @@ def large(device: str, quick: bool) -> dict[str, object]:
     there = {name: torch.from_numpy(array).to(device) for name, array in weights.items()}
     from_host = statistics.median(once(lambda: backend.derive(weights)) for _ in range(5))
     from_device = statistics.median(once(lambda: backend.derive(there)) for _ in range(5))
+    copied = torch.empty(sum(array.nbytes for array in weights.values()), dtype=torch.uint8, device=device)
+    target = torch.empty_like(copied)
+    copy = gpu_peers.synchronised(lambda: target.copy_(copied), device)
+    copy()
     return {
         "parameters": parameters,
         "seconds from NumPy arrays": from_host,
         "seconds from device weights": from_device,
+        "seconds of a copy within the device": statistics.median(once(copy) for _ in range(5)),
         "seconds a billion parameters, from NumPy arrays": from_host / parameters * 1e9,
     }
 
@@ -268,11 +311,19 @@ def group(devices: tuple[str, ...], quick: bool) -> dict[str, object]:
     """A full refit of a group from weights on the first device, beside NCCL's broadcast of the same bytes."""
     compiled, weights = wide_mlp(4, 512) if quick else wide_mlp(16, 4096)
     nbytes = sum(array.nbytes for array in weights.values())
-    backend: Any = create(compiled, options=CudaOptions(devices=devices))[0]
     there: Any = {name: torch.from_numpy(array).to(devices[0]) for name, array in weights.items()}
-    backend.derive(there)
-    refit = statistics.median(once(lambda: backend.derive(there)) for _ in range(7))
-    found: dict[str, object] = {"devices": list(devices), "bytes": nbytes, "seconds of a group refit": refit}
+    backend: Any = create(compiled, options=CudaOptions(devices=devices))[0]
+    found: dict[str, object] = {"devices": list(devices), "bytes": nbytes}
+    alone = CudaBackend(compiled, devices[0], CudaOptions(devices=devices[:1]))
+    found["seconds of a refit of the first device"] = _median(lambda: alone.derive(there))
+    refit = found["seconds of a group refit"] = _median(lambda: backend.derive(there))
+    copies = CudaGroup([CudaBackend(compiled, device, CudaOptions(devices=devices)) for device in devices], nccl=False)
+    found["seconds of a group refit by copies"] = _median(lambda: copies.derive(there))
+    found["decisions"] = [d.reason for d in backend.decisions if d.subject == "group"]
+    held = backend.derive(there)
+    x = {"x": np.ones((1, 512 if quick else 4096), np.float32)}
+    answers = [member.run(part, x)["y"] for member, part in zip(backend._members, held.members, strict=True)]
+    found["all devices answer alike"] = all(np.allclose(answers[0], answer, rtol=1e-4) for answer in answers)
     if devices[0].startswith("cuda"):
         buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for device in devices]
 
@@ -281,11 +332,18 @@ def group(devices: tuple[str, ...], quick: bool) -> dict[str, object]:
             for device in devices:
                 torch.cuda.synchronize(device)
 
-        broadcast()
-        seconds = statistics.median(once(broadcast) for _ in range(7))
+        seconds = _median(broadcast)
         found |= {"seconds of an NCCL broadcast": seconds, "share of the broadcast bandwidth": seconds / refit}
+        found["NCCL, GB/s"] = nbytes / seconds / 1e9
     backend.close()
+    copies.close()
     return found
+
+
+def _median(call: Callable[[], object]) -> float:
+    call()
+    call()
+    return statistics.median(once(call) for _ in range(11))
 
 
 def main() -> None:
@@ -296,14 +354,20 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", help="cases, comma-separated; also: large, group")
     parser.add_argument("--seconds", type=float, default=3.0, help="per race")
-    parser.add_argument("--quick", action="store_true", help="no slow builds of peers")
+    parser.add_argument("--quick", action="store_true", help="nothing that compiles, small sizes")
     chosen = parser.parse_args()
     wanted = chosen.only.split(",") if chosen.only else ["bidaf", "encoder", "resnet18", "resnet50", "mlp", "large"]
     results: dict[str, Any] = {"machine": hardware(chosen.device), "cases": {}}
+    isolated: Mapping[tuple[str, str], Any] = {}
+    if not chosen.quick and chosen.device.startswith("cuda"):
+        started = time.perf_counter()
+        isolated = gpu_isolated.run_all(isolated_jobs(wanted), chosen.device)
+        print(f"== what compiles, {time.perf_counter() - started:.0f} s", flush=True)
+        chosen.out.write_text(json.dumps({" ".join(key): value for key, value in isolated.items()}, indent=2))
     for name in wanted:
         started = time.perf_counter()
         try:
-            results["cases"][name] = measure(name, chosen)
+            results["cases"][name] = measure(name, chosen, isolated)
         except (OnnxRefitError, RuntimeError) as error:
             results["cases"][name] = {"failed": f"{type(error).__name__}: {error}"}
         print(f"== {name}, {time.perf_counter() - started:.0f} s")
@@ -311,7 +375,16 @@ def main() -> None:
         chosen.out.write_text(json.dumps(results, indent=2, default=str))
 
 
-def measure(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+def isolated_jobs(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What compiles: case, input and kind."""
+    inputs = {"encoder": ("S=16", "S=128"), "mlp": ("b=1", "b=64"), "resnet18": ("b=1", "b=32"), "resnet50": ("b=1",)}
+    jobs = [(name, label, kind) for kind in ("compile", "ours") for name in inputs for label in inputs[name]]
+    jobs += [(name, inputs[name][0], "aoti") for name in inputs]
+    jobs += [("mlp", "b=64", "autotune"), ("encoder", "S=16", "autotune")]
+    return [job for job in jobs if job[0] in names]
+
+
+def measure(name: str, chosen: argparse.Namespace, isolated: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
     """One case."""
     if name == "large":
         return large(chosen.device, chosen.quick)
@@ -319,13 +392,13 @@ def measure(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         kind = chosen.device.split(":")[0]
         devices = tuple(f"cuda:{index}" if kind == "cuda" else "cpu" for index in range(max(2, chosen.gpus)))
         return group(devices, chosen.quick)
-    case = Measured(CASES[name](), chosen.device, chosen.quick)
-    inputs = dict(case.case.inputs)
-    for rows in BATCHES.get(name, ()) if not chosen.quick else ():
-        first = next(iter(inputs.values()))
-        inputs[f"b={rows}"] = {key: np.repeat(array, rows, axis=0) for key, array in first.items()}
+    case = Measured(CASES[name](), chosen.device)
+    inputs = case.case.inputs if chosen.quick else gpu_isolated.inputs_of(name, case.case)
     return {
-        "inference": [case.inference(label, feeds, chosen.seconds) for label, feeds in inputs.items()],
+        "inference": [
+            case.inference(label, feeds, chosen.seconds, isolated.get((name, label), {}))
+            for label, feeds in inputs.items()
+        ],
         "refit": case.refit(chosen.seconds),
         "under refits": case.under_refit(chosen.seconds),
     }

@@ -1,12 +1,15 @@
-"""What others offer on a GPU: PyTorch eager, in a CUDA graph, compiled; AOTInductor; ONNX Runtime CUDA."""
+"""What others offer on a GPU, in this process: PyTorch eager and in a CUDA graph, ONNX Runtime CUDA.
+
+What compiles (TorchInductor, AOTInductor) runs in processes of its own: see ``gpu_isolated``.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,15 +28,14 @@ class Peer:
     Attributes:
         name: what the tables call it.
         call: one inference from inputs on the device to outputs on the device, waited for.
-        seconds: of building it, which is what a change of weights costs unless ``update`` exists.
-        update: replace its weights, if it offers that.
+        seconds: of building it from weights on the host, which is what a change of weights costs.
+        alike: whether it does what ours does: float32, inputs the caller's own, outputs the caller's to keep.
     """
 
     name: str
     call: Callable[[], object]
     seconds: float
-    update: Callable[[], object] | None = None
-    notes: list[str] = field(default_factory=list)
+    alike: bool = True
 
 
 def synchronised(call: Callable[[], object], device: str) -> Callable[[], object]:
@@ -49,59 +51,71 @@ def synchronised(call: Callable[[], object], device: str) -> Callable[[], object
     return both
 
 
-def in_cuda_graph(call: Callable[[], Any], device: str) -> Callable[[], object]:
-    """A recorded graph of a call on fixed tensors; the call itself on the CPU."""
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Products and convolutions in TF32, or exact ones (PyTorch's default for convolutions is TF32)."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def recorded(module: nn.Module, x: list[Any], device: str, *, own: bool) -> Callable[[], object]:
+    """A recorded graph of a module's call; the call itself on the CPU.
+
+    Args:
+        module: on the device.
+        x: its inputs on the device.
+        device: where.
+        own: copy the inputs in and the output out at each call, as a server must; without it, the graph alone.
+    """
     if not device.startswith("cuda"):
-        return call
+        return lambda: module(*x)
+    static = [tensor.clone() for tensor in x]
     side = torch.cuda.Stream(device)
     with torch.cuda.stream(side):
         for _ in range(3):
-            call()
+            module(*static)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        output = module(*static)
+    if not own:
+        return graph.replay
+
+    def call() -> object:
+        for target, source in zip(static, x, strict=True):
+            target.copy_(source, non_blocking=True)
+        graph.replay()
+        return output.clone()
+
+    return call
 
 
-def torch_peers(
-    module: nn.Module, inputs: Mapping[str, Array], device: str, *, quick: bool
-) -> list[Callable[[], Peer]]:
+def torch_peers(module: nn.Module, inputs: Mapping[str, Array], device: str) -> list[Callable[[], Peer]]:
     """Makers of the PyTorch peers; each may fail, and the caller notes why."""
-    module = module.eval().to(device)
+    module = module.eval().cpu()
     x = [torch.from_numpy(np.array(array)).to(device) for array in inputs.values()]
 
     def eager() -> Peer:
-        return Peer("torch eager", synchronised(lambda: module(*x), device), 0.0)
+        there = copy.deepcopy(module).to(device)
+        return Peer("torch eager", synchronised(lambda: there(*x), device), 0.0)
 
-    def graph() -> Peer:
+    def graph(name: str, *, own: bool, allowed: bool) -> Peer:
         started = time.perf_counter()
-        replay = in_cuda_graph(lambda: module(*x), device)
-        return Peer("torch CUDA graph", synchronised(replay, device), time.perf_counter() - started)
-
-    def compiled() -> Peer:
-        torch._dynamo.reset()
-        started = time.perf_counter()
-        made = torch.compile(module, mode="default" if quick else "max-autotune", dynamic=False)
-        call = synchronised(lambda: made(*x), device)
-        for _ in range(3):
+        with tf32(allowed):
+            call = synchronised(recorded(copy.deepcopy(module).to(device), x, device, own=own), device)
             call()
-        return Peer("torch.compile", call, time.perf_counter() - started)
+        return Peer(name, call, time.perf_counter() - started, own and not allowed)
 
-    def inductor() -> Peer:
-        started = time.perf_counter()
-        exported = torch.export.export(module, tuple(x))
-        folder = tempfile.mkdtemp(prefix="aoti")
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "model.pt2"))
-        made = torch._inductor.aoti_load_package(package)
-        seconds = time.perf_counter() - started
-        constants = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        peer = Peer("AOTInductor", synchronised(lambda: made(*x), device), seconds)
-        if hasattr(made, "load_constants"):
-            peer.update = synchronised(lambda: made.load_constants(constants, check_full_update=False), device)
-        return peer
-
-    return [eager, graph, compiled] if quick else [eager, graph, compiled, inductor]
+    return [
+        eager,
+        lambda: graph("torch CUDA graph", own=True, allowed=False),
+        lambda: graph("torch CUDA graph, replay only", own=False, allowed=False),
+        lambda: graph("torch CUDA graph, tf32", own=True, allowed=True),
+    ]
 
 
 def ort_peers(
@@ -118,7 +132,7 @@ def ort_peers(
         options.log_severity_level = 3
         proto = model if baked else compiled.activation
         started = time.perf_counter()
-        provider = ("CUDAExecutionProvider", {"enable_cuda_graph": str(int(graph))})
+        provider = ("CUDAExecutionProvider", {"enable_cuda_graph": str(int(graph)), "use_tf32": "0"})
         made = ort.InferenceSession(proto.SerializeToString(), options, providers=[provider, "CPUExecutionProvider"])
         binding, held = made.io_binding(), []
         for name, array in {**inputs, **({} if baked else weights)}.items():

@@ -1,0 +1,153 @@
+"""What compiles, in processes of their own: TorchInductor and AOTInductor as peers, and our own way through Inductor.
+
+    python -m benchmarks.gpu_isolated --case encoder --input S=16 --kind compile --lock /tmp/lock
+
+Prints one line of JSON. In its own process because a compiler that fails on a GPU (an illegal access) takes the whole
+process with it. Processes compile side by side; each waits for the lock before it times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.cases import CASES, Case
+from benchmarks.gpu_peers import synchronised, tf32
+from benchmarks.measure import once
+from onnx_refit.tensors import Array
+
+BATCHES: Mapping[str, Sequence[int]] = {"resnet18": (32,)}
+NAMES = {
+    "compile": "torch.compile, reduce-overhead",
+    "autotune": "torch.compile, max-autotune",
+    "aoti": "AOTInductor",
+    "ours": "ours, Inductor",
+}
+_WORKERS = 6
+_SECONDS = 240
+
+
+def inputs_of(name: str, case: Case) -> dict[str, Mapping[str, Array]]:
+    """Label -> inputs, larger batches among them."""
+    inputs = dict(case.inputs)
+    for rows in BATCHES.get(name, ()):
+        first = next(iter(case.inputs.values()))
+        inputs[f"b={rows}"] = {key: np.repeat(array, rows, axis=0) for key, array in first.items()}
+    return inputs
+
+
+def run_all(jobs: Sequence[tuple[str, str, str]], device: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Run (case, input, kind) in processes; (case, input) -> name -> what came back."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_WORKERS) as pool:
+        lock = Path(folder) / "lock"
+        lock.touch()
+        results = pool.map(lambda job: _child(*job, device, lock), jobs)
+        for (case, label, kind), result in zip(jobs, results, strict=True):
+            found.setdefault((case, label), {})[NAMES[kind]] = result
+    return found
+
+
+def _child(case: str, label: str, kind: str, device: str, lock: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.gpu_isolated", "--case", case, "--input", label, "--kind", kind]
+    command += ["--device", device, "--lock", str(lock)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {_SECONDS} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        result: dict[str, Any] = json.loads(lines[-1])
+        return result
+    return {"failed": f"exit code {done.returncode}: {done.stderr.strip()[-600:]}"}
+
+
+def main() -> None:
+    """One process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", required=True)
+    parser.add_argument("--input", required=True)
+    parser.add_argument("--kind", choices=sorted(NAMES), required=True)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--lock", type=Path, required=True)
+    chosen = parser.parse_args()
+    case = CASES[chosen.case]()
+    inputs = inputs_of(chosen.case, case)[chosen.input]
+    started = time.perf_counter()
+    with torch.no_grad(), tf32(False):
+        make = {"compile": compiled, "autotune": compiled, "aoti": ahead, "ours": ours}[chosen.kind]
+        call, update = make(case, inputs, chosen.device, chosen.kind)
+        for _ in range(3):
+            call()
+        seconds = time.perf_counter() - started
+        with chosen.lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in range(20):
+                call()
+            taken = statistics.median(once(call) for _ in range(200))
+            result: dict[str, Any] = {"microseconds": round(taken * 1e6, 2), "seconds to build": round(seconds, 2)}
+            if update is not None:
+                update()
+                result["microseconds of a constant update"] = round(
+                    statistics.median(once(update) for _ in range(10)) * 1e6, 1
+                )
+    print(json.dumps(result))
+
+
+Made = tuple[Callable[[], object], Callable[[], object] | None]
+
+
+def _module(case: Case, inputs: Mapping[str, Array], device: str) -> tuple[Any, list[Any]]:
+    if case.module is None:
+        raise SystemExit("the case has no PyTorch module")
+    return case.module.eval().to(device), [torch.from_numpy(np.array(array)).to(device) for array in inputs.values()]
+
+
+def compiled(case: Case, inputs: Mapping[str, Array], device: str, kind: str) -> Made:
+    """``torch.compile`` with CUDA graphs; outputs cloned, because the next call overwrites them."""
+    module, x = _module(case, inputs, device)
+    made = torch.compile(module, mode="max-autotune" if kind == "autotune" else "reduce-overhead", dynamic=False)
+    return synchronised(lambda: made(*x).clone(), device), None
+
+
+def ahead(case: Case, inputs: Mapping[str, Array], device: str, kind: str) -> Made:
+    """AOTInductor, and its update of constants from weights on the device."""
+    module, x = _module(case, inputs, device)
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(module, tuple(x)), package_path=str(Path(tempfile.mkdtemp()) / "model.pt2")
+    )
+    made = torch._inductor.aoti_load_package(package)
+    known = set(made.get_constant_fqns())
+    constants = {
+        name: tensor for name, tensor in (*module.named_parameters(), *module.named_buffers()) if name in known
+    }
+    update = synchronised(lambda: made.load_constants(constants, check_full_update=False), device)
+    return synchronised(lambda: made(*x), device), update
+
+
+def ours(case: Case, inputs: Mapping[str, Array], device: str, kind: str) -> Made:
+    """Our engine by way of TorchInductor."""
+    from benchmarks.gpu import Measured
+
+    measured = Measured(case, device)
+    backend = measured.backend(inductor=True)
+    held = backend.derive(measured.weights)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in measured.feeds(inputs).items()}
+    return lambda: backend.run_tensors(held, tensors), None
+
+
+if __name__ == "__main__":
+    main()
