@@ -292,14 +292,14 @@ class Engine:
                 if self._versions.current is before:
                     self._ledger.rollback(before.number)
                 raise
-        names = list(self._plan.refittable)
+        specs, every = self._plan.refittable, len(candidate.changed) == len(self._plan.refittable)
         return RefitReport(
             version=version.number,
             previous=before.number,
             source=version.source,
-            changed=tuple(name for name in names if name in candidate.changed),
-            unchanged=tuple(name for name in names if name not in candidate.changed),
-            nbytes=sum(self._plan.refittable[name].nbytes for name in candidate.changed),
+            changed=tuple(specs) if every else tuple(name for name in specs if name in candidate.changed),
+            unchanged=() if every else tuple(name for name in specs if name not in candidate.changed),
+            nbytes=self._plan.weight_bytes if every else sum(specs[name].nbytes for name in candidate.changed),
             seconds=seconds,
             full_speed=version.weights.full_speed,
             check=candidate.check,

@@ -43,7 +43,7 @@ class Storage:
         self.array: Array = self.flat.reshape(spec.static_shape)
         self.value: Value
         self.value, self._owner = owned(self.array)
-        self.prepared: tuple[Any, ...] | None = None
+        self.prepared: Any = None
         self.steady: tuple[object, list[Any]] | None = None
         self.settled = True
 

@@ -21,10 +21,28 @@ from onnx_refit.plan.trace.recipes import Recipe, evaluate
 from onnx_refit.tensors import Array, numpy_dtype
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
+_ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
+_BUNDLES = 4
 _LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
 
 
 _NOTHING: Mapping[str, Array] = {}
+
+
+def _shared(tasks: list[Task]) -> list[Task]:
+    """The tasks for several threads: the largest first, the small ones as few.
+
+    Threads that do many small things wait for the interpreter's lock more than they work.
+    """
+    small = [task for task in tasks if task[0] < _ALONE]
+    large = [task for task in tasks if task[0] >= _ALONE]
+    large += [(sum(task[0] for task in part), _do, (part,)) for k in range(_BUNDLES) if (part := small[k::_BUNDLES])]
+    return sorted(large, key=lambda task: -task[0])
+
+
+def _do(tasks: list[Task]) -> None:
+    for _, call, arguments in tasks:
+        call(*arguments)
 
 
 class Steady:
@@ -229,11 +247,9 @@ class Deriver:
 
     def _run(self, tasks: list[Task]) -> None:
         if self._pool is None or sum(task[0] for task in tasks) < _PARALLEL:
-            for _, call, arguments in tasks:
-                call(*arguments)
+            _do(tasks)
             return
-        tasks.sort(key=lambda task: -task[0])
-        crew = Crew(tasks)
+        crew = Crew(_shared(tasks))
         try:
             for _ in range(self._threads - 1):
                 self._pool.submit(crew.help)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx_refit.engine.onnxruntime.blocked import up
 from onnx_refit.engine.onnxruntime.native import NCHWC_DOMAIN, Binding, Outlet, make_session, session_options
 from onnx_refit.engine.onnxruntime.packing import Packing
 from onnx_refit.engine.protocol import Look
+from onnx_refit.plan.trace.recipes import Walk, along
 from onnx_refit.tensors import Array
 
 _OPSETS = (("", 17), (NCHWC_DOMAIN, 1))
@@ -68,13 +70,22 @@ class Mould:
             look.watch(begin, end)
             keep = look.keep
         outlet = self._outlet(kept=keep is not None)
-        outlet.give("x", fetch(packing.source)[begin:end].reshape(shape))
+        matrix = fetch(packing.source)[begin:end] if not packing.stride else self._gathered(fetch(packing.source))
+        outlet.give("x", matrix.reshape(shape))
         if packing.scale is not None:
             where, column = self._factors
             outlet.give("factors", np.ascontiguousarray(fetch(packing.scale.name)[where]).reshape(column))
         if keep is not None:
             outlet.take("kept", keep[begin:end].reshape(shape))
         outlet.run()
+
+    def _gathered(self, flat: Array) -> Array:
+        """The matrix of which the source holds each column with other elements between."""
+        packing = self._packing
+        k, n = packing.rows, packing.columns
+        matrix = self._packer.scratch(n * k)
+        np.copyto(matrix.reshape(n, k), along(flat, (n, k), Walk(packing.offset, (packing.stride, 1))))
+        return matrix
 
     def _outlet(self, *, kept: bool) -> Outlet:
         """The bound session, perhaps that which also keeps."""
@@ -105,6 +116,14 @@ class Packer:
         self._arena = arena
         self._block = block
         self._sessions: dict[tuple[bool, ...], ort.InferenceSession] = {}
+        self._local = threading.local()
+
+    def scratch(self, size: int) -> Array:
+        """Memory of this thread for so many float32 elements, kept: fresh pages cost more than the work on them."""
+        held: Array | None = getattr(self._local, "scratch", None)
+        if held is None or held.size < size:
+            held = self._local.scratch = np.empty(size, np.float32)
+        return held[:size]
 
     def mould(self, packing: Packing, target: Array) -> Mould:
         """Bind the memory of a packing.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from onnx_refit.engine.onnxruntime.blocked import Matrix, blocked_matrix, up
 from onnx_refit.plan.trace.compose import simplified
 from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, Walk, c_strides
@@ -31,6 +33,7 @@ class Packing:
         columns: N, a multiple of 4, which ReorderInput pads to whole blocks.
         window: positions of a convolution's kernel, whose inputs are blocked too: ``[N/b][I/b][window][b][b]``.
         scale: what each column is multiplied by.
+        stride: elements from one column of an ``[N, K]`` source to the next; 0 where they lie side by side.
     """
 
     source: str
@@ -40,6 +43,7 @@ class Packing:
     columns: int
     window: int = 1
     scale: Scale | None = None
+    stride: int = 0
 
     def parts(self, block: int, elements: int) -> Iterator[tuple[int, Packing]]:
         """(first element of the target, packing) of parts of about so many elements, whole blocks each."""
@@ -67,6 +71,40 @@ def packing(recipe: Recipe, block: int) -> Packing | None:
         if candidate.columns % 4 == 0 and _pieces(candidate, block, recipe) == recipe.pieces:
             return candidate
     return None
+
+
+def panels(piece: Piece, block: int, elements: int) -> list[tuple[int, Packing]]:
+    """(first element of the target, packing) of a piece that consists of blocked matrices, of about so many elements.
+
+    Args:
+        piece: with one operand, both flat tensors being float32.
+        block: the host's block size.
+        elements: how many a packing shall write.
+
+    Returns:
+        Packings that write together what the piece says; none where it is something else.
+    """
+    if len(piece.operands) != 1 or len(piece.dims) < 3:
+        return []
+    source, target = piece.operands[0].walk, piece.target
+    count, k, width = piece.dims[-3:]
+    stride = source.strides[-1]
+    blocked = width == block and target.strides[-3:] == (k * block, block, 1)
+    if not blocked or source.strides[-3:] != (block * stride, 1, stride) or stride < k or k < block:
+        return []
+    step = max(1, elements // (k * block))
+    found = []
+    for index in np.ndindex(piece.dims[:-3]):
+        begin = target.offset + sum(i * s for i, s in zip(index, target.strides, strict=False))
+        offset = source.offset + sum(i * s for i, s in zip(index, source.strides, strict=False))
+        for first in range(0, count, step):
+            columns = min(step, count - first) * block
+            gap = 0 if stride == k else stride
+            at = offset + first * block * stride
+            found.append(
+                (begin + first * k * block, Packing(piece.operands[0].name, at, False, k, columns, stride=gap))
+            )
+    return found
 
 
 def _candidates(recipe: Recipe, operands: tuple[Operand, ...], block: int) -> Iterator[Packing]:

@@ -12,7 +12,7 @@ import numpy as np
 from onnx_refit.engine.onnxruntime.buffers import Storage
 from onnx_refit.engine.onnxruntime.crew import Task
 from onnx_refit.engine.onnxruntime.packer import Mould, Packer
-from onnx_refit.engine.onnxruntime.packing import packing
+from onnx_refit.engine.onnxruntime.packing import packing, panels
 from onnx_refit.engine.protocol import Look
 from onnx_refit.plan.trace.recipes import Gather, Piece, Recipe, Walk, along, leading, mapped
 from onnx_refit.tensors import Array, is_extension
@@ -52,7 +52,19 @@ class Writer:
         block: the host's block size.
     """
 
-    __slots__ = ("_items", "_leading", "_pack", "_packer", "_packs", "_pieces", "_recipe", "reads", "size", "widened")
+    __slots__ = (
+        "_ends",
+        "_items",
+        "_leading",
+        "_pack",
+        "_packer",
+        "_packs",
+        "_pieces",
+        "_recipe",
+        "reads",
+        "size",
+        "widened",
+    )
 
     def __init__(
         self, recipe: Recipe, dtypes: Mapping[str, np.dtype[np.generic]], packer: Packer | None, block: int
@@ -63,11 +75,20 @@ class Writer:
         dtypes = {**dtypes, **dict.fromkeys(widened.values(), np.dtype(np.float32))}
         self._recipe = recipe
         self._leading = leading(recipe)
-        self._pieces = [part for piece in recipe.pieces for part in _cut(piece)]
         self._packer = packer
-        single = all(dtypes[name] == np.float32 for name in recipe.sources)
-        packed = packing(recipe, block) if single and packer is not None and recipe.spec.size >= _PACKED else None
+        single = packer is not None and recipe.spec.dtype == "float32"
+        single = single and all(dtypes[name] == np.float32 for name in recipe.sources)
+        packed = packing(recipe, block) if single and recipe.spec.size >= _PACKED else None
         self._pack = [] if packed is None else list(packed.parts(block, SPLIT))
+        self._ends = [*(begin for begin, _ in self._pack[1:]), recipe.spec.size] if self._pack else []
+        pieces = [] if self._pack else list(recipe.pieces)
+        if single and packed is None:
+            # A part of a weight may be blocked too: the panels that recurrences read.
+            found = [panels(p, block, SPLIT) if math.prod(p.dims) >= _PACKED else [] for p in pieces]
+            pieces = [piece for piece, parts in zip(pieces, found, strict=True) if not parts]
+            self._pack = [part for parts in found for part in parts]
+            self._ends = [begin + part.rows * part.columns for begin, part in self._pack]
+        self._pieces = [part for piece in pieces for part in _cut(piece)]
         # The tensor whose first elements, so many of them, the packings read once each.
         self._packs = ("", 0) if packed is None or packed.offset else (packed.source, packed.rows * packed.columns)
         self._items = [
@@ -97,19 +118,32 @@ class Writer:
         """
         name, size = self._packs
         within = next((look for read, look in looks if read == name and tensors[name].size == size), None)
-        made = self._packings(tensors, storage, within) if self._pack else self._plain(tensors, storage)
+        moulds, views = self._prepared(storage)
+        fetch = tensors.__getitem__
+        made: list[Task] = [(size, mould.write, (fetch, within)) for size, mould in moulds]
+        if views or self._recipe.gathers:
+            made += self._plain(tensors, storage, views)
         for read, look in looks:
             if look is not within:
                 made = _looking(made, look, tensors[read].size)
         return made
 
-    def _plain(self, tensors: Tensors, storage: Storage) -> list[Task]:
+    def _prepared(self, storage: Storage) -> tuple[tuple[tuple[int, Mould], ...], tuple[Array, ...]]:
+        """The moulds over a storage, with their sizes, and the views of it that the other pieces write."""
+        prepared: tuple[tuple[tuple[int, Mould], ...], tuple[Array, ...]] | None = storage.prepared
+        if prepared is None:
+            flat = storage.flat
+            moulds = []
+            for (begin, part), end in zip(self._pack, self._ends, strict=True):
+                assert self._packer is not None
+                moulds.append((end - begin, self._packer.mould(part, flat[begin:end])))
+            views = tuple(along(flat, piece.dims, piece.target) for piece in self._pieces)
+            prepared = storage.prepared = tuple(moulds), views
+        return prepared
+
+    def _plain(self, tensors: Tensors, storage: Storage, views: tuple[Array, ...]) -> list[Task]:
         if self._leading is not None and self.size <= SPLIT:
             return [(self.size, np.copyto, (storage.flat, tensors[self._leading][: self.size], "unsafe"))]
-        views: tuple[Array, ...] | None = storage.prepared
-        if views is None:
-            views = tuple(along(storage.flat, piece.dims, piece.target) for piece in self._pieces)
-            storage.prepared = views
         made: list[Task] = []
         for view, sources in zip(views, self._items, strict=True):
             reads = []
@@ -123,19 +157,6 @@ class Writer:
                 made.append((view.size, np.multiply, (reads[0], reads[1], view)))
         gathers = self._recipe.gathers
         return [*made, *((16 * g.to.size, _gather, (g, tensors[g.source], storage.flat)) for g in gathers)]
-
-    def _packings(self, tensors: Tensors, storage: Storage, look: Look | None) -> list[Task]:
-        moulds: tuple[tuple[int, Mould], ...] | None = storage.prepared
-        if moulds is None:
-            assert self._packer is not None
-            ends = [*(begin for begin, _ in self._pack[1:]), self.size]
-            moulds = tuple(
-                (end - begin, self._packer.mould(part, storage.flat[begin:end]))
-                for (begin, part), end in zip(self._pack, ends, strict=True)
-            )
-            storage.prepared = moulds
-        fetch = tensors.__getitem__
-        return [(size, mould.write, (fetch, look)) for size, mould in moulds]
 
 
 def _looking(tasks: list[Task], look: Look, size: int) -> list[Task]:
