@@ -84,6 +84,8 @@ class CompiledModel:
         inputs: the model's own inputs.
         outputs: the model's outputs.
         decisions: what was folded, hoisted or left alone, with reasons.
+        derived: tensor of the user's model that is no source weight, as it is the product of two others (the scale of
+            a quantised bias) -> those two, source weights or constants of ``activation``.
     """
 
     activation: onnx.ModelProto
@@ -93,3 +95,4 @@ class CompiledModel:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     decisions: tuple[Decision, ...] = field(default=())
+    derived: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -26,6 +26,7 @@ class Draft:
         names: gives names that clash with none in use.
         decisions: what was decided so far, with reasons.
         aliases: value that the model names -> the value of the program that it is, under another name.
+        derived: weight that is computed here although the model stores it -> the two values it is the product of.
     """
 
     model: ModelProto
@@ -33,6 +34,7 @@ class Draft:
     names: Names
     decisions: list[Decision] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def graph(self) -> GraphProto:

@@ -72,6 +72,7 @@ def write_plan(plan: Plan, path: Path, *, strip: bool) -> Path:
             {"subject": d.subject, "action": d.action, "verdict": d.verdict.value, "reason": d.reason}
             for d in plan.compiled.decisions
         ],
+        "derived": {name: list(factors) for name, factors in plan.compiled.derived.items()},
         "sha256": _digests(stored),
     }
     text = json.dumps(manifest)
@@ -186,12 +187,15 @@ def _require_consistent(plan: Plan, path: Path) -> None:
     program = compiled.program
     on = {name for names in program.dependencies.values() for name in names}
     declared = {value.name for value in compiled.activation.graph.input}
+    constants = {tensor.name for tensor in compiled.activation.graph.initializer}
+    factors = {factor for pair in compiled.derived.values() for factor in pair}
     if not (
         set(program.passthrough) <= engine
         and set(program.passthrough.values()) <= sources
         and set(program.dependencies) <= engine
         and on <= sources
         and engine <= declared
+        and factors <= sources | constants
     ):
         raise PlanFormatError("the plan's tables name what is not there", where=path, hint=_AGAIN)
 
@@ -223,6 +227,7 @@ def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], dig
         decisions=tuple(
             Decision(d["subject"], d["action"], Verdict(d["verdict"]), d["reason"]) for d in manifest["decisions"]
         ),
+        derived={name: (left, right) for name, (left, right) in manifest["derived"].items()},
     )
     names = sections.get(_SECTION + "names.json")
     return Plan(

@@ -33,7 +33,8 @@ def finish(draft: Draft, sources: tuple[SourceWeight, ...]) -> CompiledModel:
         if source.spec.name not in needed:
             draft.reject(source.spec.name, "make refittable", "no engine weight is computed from it")
     kept = tuple(source for source in sources if source.spec.name in needed)
-    return CompiledModel(activation, program, kept, specs, inputs, outputs, tuple(draft.decisions))
+    derived = {name: factors for name, factors in draft.derived.items() if name not in needed}
+    return CompiledModel(activation, program, kept, specs, inputs, outputs, tuple(draft.decisions), derived)
 
 
 def drop_dead_nodes(graph: GraphProto) -> None:

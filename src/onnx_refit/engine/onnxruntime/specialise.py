@@ -19,6 +19,7 @@ from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.compose import resolve
 from onnx_refit.plan.trace.lower import lower
 from onnx_refit.plan.trace.recipes import Recipe, mapped, whole
+from onnx_refit.plan.trace.related import bias_scales
 from onnx_refit.plan.trace.trace import Traced, Tracer
 from onnx_refit.tensors import TensorSpec
 
@@ -134,7 +135,8 @@ def _replace(packed: Packed, buffers: dict[str, Recipe], staged: dict[str, Recip
 
 def _traced(compiled: CompiledModel, options: OnnxRuntimeOptions) -> Traced:
     if options.optimise:
-        return Tracer(compiled.activation, compiled.engine_weights, optimise_file).trace(CANDIDATES)
+        related = bias_scales(compiled)
+        return Tracer(compiled.activation, compiled.engine_weights, optimise_file, related).trace(CANDIDATES)
     return Traced(compiled.activation, {s.name: whole(s, s.name) for s in compiled.engine_weights}, ())
 
 

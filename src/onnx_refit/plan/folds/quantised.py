@@ -48,7 +48,7 @@ class DeriveBiasScale:
         stored = first[of_bias]
         if product.size not in {1, stored.size}:
             return "the scales of weight and bias have different sizes"
-        if not _equal(np.broadcast_to(product.reshape(-1), stored.size), stored.reshape(-1)):
+        if not is_product(stored, first[of_input], first[of_weight]):
             return "it is not the product of the scales of input and weight"
         return None
 
@@ -61,6 +61,7 @@ class DeriveBiasScale:
         product = self._recipes.binary("Mul", of_weight, of_input, f"{of_bias}_derived")
         sized = self._recipes.reshape(self._recipes.cast(product, kind), shape)
         site.set_input(dequantise, 1, sized)
+        site.draft.derived[of_bias] = (of_input, of_weight)
         return f"it is {of_weight!r} times {of_input!r}"
 
     def ensures(self, site: Site, node: NodeProto) -> str | None:
@@ -80,8 +81,11 @@ def _scales(site: Site, node: NodeProto) -> tuple[str, str, str, NodeProto] | No
     return found[0].input[1], found[1].input[1], found[2].input[1], found[2]
 
 
-def _equal(left: Array, right: Array) -> bool:
-    """Whether two float arrays agree to a few units in the last place: one product, rounded by another tool."""
-    wide_left, wide_right = left.astype(np.float64), right.astype(np.float64)
-    step = np.finfo(np.float32).eps * np.abs(wide_right)
-    return bool((np.abs(wide_left - wide_right) <= _ULPS * step).all())
+def is_product(stored: Array, left: Array, right: Array) -> bool:
+    """Whether a stored scale is the product of two, to a few units in the last place: another tool rounded it."""
+    product = np.asarray(left) * np.asarray(right)
+    if product.size not in {1, stored.size}:
+        return False
+    wide = np.broadcast_to(product.reshape(-1), stored.size).astype(np.float64)
+    given = stored.reshape(-1).astype(np.float64)
+    return bool((np.abs(wide - given) <= _ULPS * np.finfo(np.float32).eps * np.abs(given)).all())

@@ -15,9 +15,10 @@ from onnx_refit.model.graph import Names, all_graphs
 from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.plan.trace.canonical import TensorKey, skeleton
 from onnx_refit.plan.trace.codes import FOREIGN, MULTIPLIERS, Code, RandomValues
-from onnx_refit.plan.trace.exchange import Optimise, Optimised, run, with_initializers
+from onnx_refit.plan.trace.exchange import Optimise, Optimised, Values, run, with_initializers
 from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, whole
 from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
+from onnx_refit.plan.trace.related import Related
 from onnx_refit.plan.trace.unseen import unseen
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, spec_of, value_info_of
 
@@ -63,9 +64,16 @@ class Tracer:
         model: the graph; the weights are graph inputs of it.
         weights: dtype and static shape of each.
         optimise: the optimiser.
+        related: weights that are computed from others, which the optimiser looks at.
     """
 
-    def __init__(self, model: onnx.ModelProto, weights: Sequence[TensorSpec], optimise: Optimise) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        weights: Sequence[TensorSpec],
+        optimise: Optimise,
+        related: Related | None = None,
+    ) -> None:
         self._original = model
         self._all = tuple(weights)
         self._optimise = optimise
@@ -75,9 +83,12 @@ class Tracer:
         )
         self._left = tuple(spec for spec in weights if spec not in self._weights)
         self._model = with_initializers(model, self._weights)
+        self._related = related
+        self._computed = tuple(s for s in self._weights if related is not None and s.name in related.names)
         by_dtype: dict[str, list[TensorSpec]] = {}
         for spec in self._weights:
-            by_dtype.setdefault(spec.dtype, []).append(spec)
+            if spec not in self._computed:
+                by_dtype.setdefault(spec.dtype, []).append(spec)
         self._numberings = {dtype: Numbering.of(specs) for dtype, specs in by_dtype.items()}
         self._codes = {dtype: self._code(dtype, model) for dtype in by_dtype}
         self._starts = {
@@ -163,7 +174,7 @@ class Tracer:
         def random(spec: TensorSpec, first: int, count: int) -> Array:
             return draw(spec.dtype, count, unlike=self._values(spec, first, count, 0))
 
-        proof = run(self._optimise, self._model, self._weights, random, disabled, folder / "random")
+        proof = self._run(random, disabled, folder / "random")
         bones = skeleton(proof.model)
         if skeleton(coded[0].model) != bones:
             shutil.rmtree(folder)
@@ -189,7 +200,20 @@ class Tracer:
         def coded(spec: TensorSpec, first: int, count: int) -> Array:
             return self._values(spec, first, count, digit)
 
-        return run(self._optimise, self._model, self._weights, coded, disabled, folder / f"coded{digit}")
+        return self._run(coded, disabled, folder / f"coded{digit}")
+
+    def _run(self, values: Values, disabled: Sequence[str], folder: Path) -> Optimised:
+        fixed: dict[str, Array] = {}
+        if self._related is not None:
+            read = {s.name: values(s, 0, s.size).reshape(s.static_shape) for s in self._related.reads}
+            made = {**read, **self._related.compute(read)}
+            fixed = {name: np.ascontiguousarray(array).reshape(-1) for name, array in made.items()}
+
+        def given(spec: TensorSpec, first: int, count: int) -> Array:
+            known = fixed.get(spec.name)
+            return values(spec, first, count) if known is None else known[first : first + count]
+
+        return run(self._optimise, self._model, self._weights, given, disabled, folder)
 
     def _values(self, spec: TensorSpec, first: int, count: int, digit: int) -> Array:
         return self._codes[spec.dtype].encode(self._starts[spec.name] + first, count, digit)
@@ -213,6 +237,10 @@ class Tracer:
                 and agrees(recipe, proof.weights.__getitem__, random)
             )
 
+        for one in self._computed:
+            copy = whole(spec, one.name)
+            if (one.dtype, one.size) == (spec.dtype, spec.size) and proved(copy):
+                return copy
         # A tensor's own dtype first: codes of another one are only ever read where the optimiser cast a weight.
         for dtype, code in sorted(self._codes.items(), key=lambda item: item[0] != spec.dtype):
             if code.digits > len(values):
@@ -249,7 +277,7 @@ class Tracer:
             return
         start = coded.reshape(-1)[:_ENOUGH]
         for weight in self._weights:
-            same = weight.dtype == dtype and weight.size == spec.size
+            same = weight.dtype == dtype and weight.size == spec.size and weight.name in self._starts
             if same and _equal(self._values(weight, 0, _ENOUGH, 0).astype(start.dtype), start):
                 yield whole(spec, weight.name)
 
