@@ -1,9 +1,9 @@
 """What compiles, in processes of their own: TorchInductor and AOTInductor as peers, and our own way through Inductor.
 
-    python -m benchmarks.gpu_isolated --case encoder --input S=16 --kind compile --lock /tmp/lock
+    python -m benchmarks.gpu_isolated --case encoder --input S=16 --kind compile
 
 Prints one line of JSON. In its own process because a compiler that fails on a GPU (an illegal access) takes the whole
-process with it. Processes compile side by side; each waits for the lock before it times.
+process with it. Processes compile side by side; they are timed one after the other, once all have compiled.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ NAMES = {
     "aoti": "AOTInductor",
     "ours": "ours, Inductor",
 }
-_WORKERS = 6
-_SECONDS = 240
+_SECONDS = 150
 
 
 def inputs_of(name: str, case: Case) -> dict[str, Mapping[str, Array]]:
@@ -52,22 +52,31 @@ def inputs_of(name: str, case: Case) -> dict[str, Mapping[str, Array]]:
 def run_all(jobs: Sequence[tuple[str, str, str]], device: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Run (case, input, kind) in processes; (case, input) -> name -> what came back."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_WORKERS) as pool:
-        lock = Path(folder) / "lock"
-        lock.touch()
-        results = pool.map(lambda job: _child(*job, device, lock), jobs)
+    if not jobs:
+        return found
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(jobs)) as pool:
+        place = Path(folder)
+        (place / "lock").touch()
+        results = [pool.submit(_child, *job, device, place, index) for index, job in enumerate(jobs)]
+        deadline = time.monotonic() + _SECONDS
+        while time.monotonic() < deadline:
+            ready = len(list(place.glob("ready*")))
+            if ready + sum(result.done() for result in results) >= len(jobs):
+                break
+            time.sleep(0.2)
+        (place / "go").touch()
         for (case, label, kind), result in zip(jobs, results, strict=True):
-            found.setdefault((case, label), {})[NAMES[kind]] = result
+            found.setdefault((case, label), {})[NAMES[kind]] = result.result()
     return found
 
 
-def _child(case: str, label: str, kind: str, device: str, lock: Path) -> dict[str, Any]:
+def _child(case: str, label: str, kind: str, device: str, place: Path, index: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu_isolated", "--case", case, "--input", label, "--kind", kind]
-    command += ["--device", device, "--lock", str(lock)]
+    command += ["--device", device, "--place", str(place), "--index", str(index)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * _SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {_SECONDS} s"}
+        return {"failed": f"not done after {2 * _SECONDS} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         result: dict[str, Any] = json.loads(lines[-1])
@@ -82,7 +91,8 @@ def main() -> None:
     parser.add_argument("--input", required=True)
     parser.add_argument("--kind", choices=sorted(NAMES), required=True)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--lock", type=Path, required=True)
+    parser.add_argument("--place", type=Path, help="a folder through which processes agree on when to be timed")
+    parser.add_argument("--index", type=int, default=0)
     chosen = parser.parse_args()
     case = CASES[chosen.case]()
     inputs = inputs_of(chosen.case, case)[chosen.input]
@@ -93,8 +103,7 @@ def main() -> None:
         for _ in range(3):
             call()
         seconds = time.perf_counter() - started
-        with chosen.lock.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(chosen.place, chosen.index):
             for _ in range(20):
                 call()
             taken = statistics.median(once(call) for _ in range(200))
@@ -105,6 +114,20 @@ def main() -> None:
                     statistics.median(once(update) for _ in range(10)) * 1e6, 1
                 )
     print(json.dumps(result))
+
+
+@contextmanager
+def alone(place: Path | None, index: int) -> Iterator[None]:
+    """Wait until all processes are ready, then for this one's turn."""
+    if place is None:
+        yield
+        return
+    (place / f"ready{index}").touch()
+    while not (place / "go").exists():
+        time.sleep(0.05)
+    with (place / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 Made = tuple[Callable[[], object], Callable[[], object] | None]

@@ -6,7 +6,7 @@ checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -190,8 +190,8 @@ class InPlace(Protocol):
         """Look at weights that it holds: flat positions -> the elements there, at most 32 a weight."""
         ...
 
-    def put_aside(self, values: Mapping[str, object]) -> Mapping[str, Array]:
-        """Copies on the device, each read to the host when it is asked for."""
+    def put_aside(self, values: Mapping[str, object], names: Collection[str]) -> Mapping[str, Array]:
+        """Copies on the device of some of the weights, each read to the host when it is asked for."""
         ...
 
     def equals(self, weights: WeightSet, name: str, value: object) -> bool:

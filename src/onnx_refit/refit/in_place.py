@@ -81,7 +81,7 @@ class InPlaceRefit:
         changed = frozenset(values) - equal
         with timed(seconds, "derive"):
             weights = self._backend.derive(values)  # type: ignore[arg-type]
-            retained = self._retainer.adopt(device.put_aside({name: values[name] for name in self._kept}))
+            retained = self._retainer.adopt(device.put_aside(values, self._kept))
         return Candidate(
             weights=weights,
             retained=retained,

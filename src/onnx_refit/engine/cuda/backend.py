@@ -6,7 +6,7 @@ The same code runs on ``device="cpu"`` in the tests that need no GPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,10 +136,10 @@ class CudaBackend:
         with self._refits, on_device(self.device):
             return self._resident.look(values, positions)
 
-    def put_aside(self, values: Mapping[str, object]) -> Mapping[str, Array]:
+    def put_aside(self, values: Mapping[str, object], names: Collection[str]) -> Mapping[str, Array]:
         """See ``InPlace.put_aside``."""
-        with on_device(self.device):
-            return self._resident.put_aside(values)
+        with self._refits, torch.no_grad(), on_device(self.device):
+            return self._resident.put_aside(values, names)
 
     def equals(self, weights: WeightSet, name: str, value: object) -> bool:
         """See ``InPlace.equals``."""

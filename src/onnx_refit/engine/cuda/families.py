@@ -27,6 +27,7 @@ _STEPS = 24
 _PIECE = 1024  # elements of a warp, all of one line along the last dimension
 _THREADS = 256
 _WARP = 32
+_VECTOR = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,23 @@ class Family:
     ) -> None:
         self._table = table
         count = len(members[0][0])
-        member = np.dtype([("to", "<u8"), ("sizes", "<u4", RANK), ("leaf", "<u4", count), ("s", "<i4", (count, RANK))])
+        member = np.dtype(
+            [
+                ("to", "<u8"),
+                ("sizes", "<u4", RANK),
+                ("leaf", "<u4", count),
+                ("s", "<i4", (count, RANK)),
+                ("wide", "<u4"),
+            ]
+        )
         rows, pieces, deepest = np.zeros(len(members), member), [], 1
         varies = [False] * count
         for row, (leaves, to) in enumerate(members):
             walk = walk_of([leaf.shape for leaf in leaves], [leaf.strides for leaf in leaves])
             if walk is None:
                 raise ValueError("too many dimensions")
-            rows[row] = (to, walk.sizes, [index[leaf.source] for leaf in leaves], walk.strides)
+            wide = walk.wide and to % _VECTOR == 0
+            rows[row] = (to, walk.sizes, [index[leaf.source] for leaf in leaves], walk.strides, wide)
             varies = [one or strides[-1] != 0 for one, strides in zip(varies, walk.strides, strict=True)]
             deepest = max(deepest, sum(size > 1 for size in walk.sizes))
             lines_of_it, width = int(np.prod(walk.sizes[:-1])), walk.sizes[-1]
@@ -248,17 +258,20 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int) -> str:
     if rank > 1:
         walk.append(f"const unsigned {names[0]} = {left};")
     count = len(varies)
-    loads: list[str] = []
-    constants: list[str] = []
-    for index, varying in enumerate(varies):
-        at = " + ".join(f"(long long){name} * m.s[{index}][{name[1:]}]" for name in (names if varying else names[:-1]))
-        pointer = f"reinterpret_cast<const float*>(sources[m.leaf[{index}]])"
-        target = loads if varying else constants
-        target.append(f"const float v{index} = __ldg({pointer} + {at or 0});")
-    along = names[-1]
-    words = 2 + RANK + count * (RANK + 1)  # of a member
+    moving = [index for index, varying in enumerate(varies) if varying]
+    pointers = []
+    for index in range(count):
+        at = " + ".join(f"(long long){name} * m.s[{index}][{name[1:]}]" for name in names[:-1])
+        pointers.append(f"reinterpret_cast<const float*>(sources[m.leaf[{index}]]) + {at or 0}")
+    words = 3 + RANK + count * (RANK + 1)  # of a member
     return "\n".join(
         [
+            # Four elements side by side, or one for all four.
+            "__device__ __forceinline__ float4 load4(const float* from, unsigned i, int step) {",
+            "  if (step) return __ldg(reinterpret_cast<const float4*>(from + i));",
+            "  const float one = __ldg(from);",
+            "  return make_float4(one, one, one, one);",
+            "}",
             f"struct Member {{ unsigned sizes[{RANK}], leaf[{count}]; int s[{count}][{RANK}]; }};",
             "struct Piece { unsigned member, line, begin, count; };",
             'extern "C" __global__ __launch_bounds__(256) void family(',
@@ -275,12 +288,32 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int) -> str:
             f"  for (int k = 0; k < {count}; ++k) m.leaf[k] = from[{2 + RANK} + k];",
             f"  for (int k = 0; k < {count * RANK}; ++k) (&m.s[0][0])[k] = (int)from[{2 + RANK + count} + k];",
             f"  float* to = reinterpret_cast<float*>(out + at) + (unsigned long long)p.line * m.sizes[{RANK - 1}];",
-            *(f"  {line}" for line in (*walk, *constants)),
+            *(f"  {line}" for line in walk),
+            *(f"  const float* f{index} = {pointer};" for index, pointer in enumerate(pointers)),
             # What does not vary along a line is computed once: the compiler sees that.
+            *(f"  const float v{index} = __ldg(f{index});" for index, varying in enumerate(varies) if not varying),
+            "  const unsigned end = p.begin + p.count;",
+            f"  if (from[{words - 1}]) {{",
+            "#pragma unroll 2",
+            f"    for (unsigned i = p.begin + 4 * lane; i < end; i += {4 * _WARP}) {{",
+            *(f"      const float4 w{k} = load4(f{k}, i, m.s[{k}][{RANK - 1}]);" for k in moving),
+            *(f"      const float l{k}[4] = {{w{k}.x, w{k}.y, w{k}.z, w{k}.w}};" for k in moving),
+            "      float o[4];",
+            "#pragma unroll",
+            "      for (int k = 0; k < 4; ++k) {",
+            *(f"        const float v{k} = l{k}[k];" for k in moving),
+            *(f"        {line}" for line in lines),
+            "        o[k] = result;",
+            "      }",
+            "      *reinterpret_cast<float4*>(to + i) = make_float4(o[0], o[1], o[2], o[3]);",
+            "    }",
+            "    return;",
+            "  }",
             "#pragma unroll 4",
-            f"  for (unsigned {along} = p.begin + lane; {along} < p.begin + p.count; {along} += {_WARP}) {{",
-            *(f"    {line}" for line in (*loads, *lines)),
-            f"    to[{along}] = result;",
+            f"  for (unsigned i = p.begin + lane; i < end; i += {_WARP}) {{",
+            *(f"    const float v{k} = __ldg(f{k} + (long long)i * m.s[{k}][{RANK - 1}]);" for k in moving),
+            *(f"    {line}" for line in lines),
+            "    to[i] = result;",
             "  }",
             "}",
         ]

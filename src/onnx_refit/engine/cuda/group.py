@@ -7,7 +7,7 @@ flip of one reference, the same for all devices.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -104,9 +104,9 @@ class CudaGroup:
         """See ``InPlace.look``."""
         return self._members[0].look(values, positions)
 
-    def put_aside(self, values: Mapping[str, object]) -> Mapping[str, Array]:
+    def put_aside(self, values: Mapping[str, object], names: Collection[str]) -> Mapping[str, Array]:
         """See ``InPlace.put_aside``."""
-        return self._members[0].put_aside(values)
+        return self._members[0].put_aside(values, names)
 
     def equals(self, weights: WeightSet, name: str, value: object) -> bool:
         """See ``InPlace.equals``."""
