@@ -113,7 +113,7 @@ def test_what_only_rearranges_is_recoverable(name: str) -> None:
     live.backend.close()
 
 
-@pytest.mark.parametrize("name", ["chain", "convolutions", "lstm"])
+@pytest.mark.parametrize("name", CASES)
 def test_a_hundred_refits_leave_no_trace(name: str) -> None:
     live = Live(name, threads=2)
     first = live.backend.derive(live.weights)

@@ -194,6 +194,50 @@ def half() -> Case:
     return model(nodes, [("x", ["M", 64])], [("y", ["M", 80])], halves), x_of(5, 64)
 
 
+def keras() -> Case:
+    """As tf2onnx writes a Keras model: NHWC outside, kernels [H, W, I, O] turned by nodes, BatchNorm fused.
+
+    Convolutions between Transposes, biases as Add behind Reshape, FusedBatchNorm as Mul and Add of weights, Gemm with
+    transB, a depthwise kernel reshaped, and an LSTM whose gates are split off one kernel, reordered and turned.
+    """
+    r = np.random.default_rng(10)
+    nodes = [
+        n("Transpose", "x", "xt", perm=[0, 3, 1, 2]),
+        n("Transpose", "k0", "k0t", perm=[3, 2, 0, 1]),
+        n("Conv", "xt k0t", "c0", pads=[1] * 4),
+        n("Reshape", "bias0 bshape", "b0"), n("Add", "c0 b0", "a0"),
+        n("Mul", "a0 g0", "m0"), n("Add", "m0 h0", "bn0"), n("Relu", "bn0", "r0"),
+        n("Transpose", "k1", "k1t", perm=[2, 3, 0, 1]), n("Reshape", "k1t dshape", "k1d"),
+        n("Conv", "r0 k1d", "c1", group=16, pads=[1] * 4), n("Mul", "c1 g1", "m1"), n("Add", "m1 h1", "bn1"),
+        n("Clip", "bn1 zero six", "r1"),
+        n("Transpose", "r1", "back", perm=[0, 2, 3, 1]), n("Reshape", "back rows", "steps"),
+        n("MatMul", "steps w2", "p2"), n("Add", "p2 b2", "q2"), n("Transpose", "q2", "seq", perm=[1, 0, 2]),
+        n("Split", "kernel four", "ki kf kc ko", axis=1), n("Concat", "ki ko kf kc", "kernel4", axis=1),
+        n("Transpose", "kernel4", "kernelt", perm=[1, 0]), n("Unsqueeze", "kernelt first", "W"),
+        n("Split", "inner four", "ri rf rc ro", axis=1), n("Concat", "ri ro rf rc", "inner4", axis=1),
+        n("Transpose", "inner4", "innert", perm=[1, 0]), n("Unsqueeze", "innert first", "R"),
+        n("Concat", "lbias lzero", "lb", axis=0), n("Unsqueeze", "lb first", "B"),
+        n("LSTM", "seq W R B", "h", hidden_size=12), n("Squeeze", "h second", "s"), n("Gather", "s last", "e", axis=0),
+        n("Gemm", "e w3 b3", "g", transB=1), n("Transpose", "w4", "w4t", perm=[1, 0]), n("MatMul", "g w4t", "z"),
+        n("Add", "z b4", "l"), n("Softmax", "l", "y", axis=-1),
+    ]  # fmt: skip
+    w = [weight(r, "k0", 3, 3, 4, 16), weight(r, "bias0", 16), weight(r, "g0", 1, 16, 1, 1, positive=True)]
+    w += [weight(r, "h0", 1, 16, 1, 1), weight(r, "k1", 3, 3, 16, 1), weight(r, "g1", 1, 16, 1, 1, positive=True)]
+    w += [weight(r, "h1", 1, 16, 1, 1), weight(r, "w2", 16, 20), weight(r, "b2", 20), weight(r, "kernel", 20, 48)]
+    w += [weight(r, "inner", 12, 48), weight(r, "lbias", 48), weight(r, "w3", 32, 12), weight(r, "b3", 32)]
+    w += [weight(r, "w4", 24, 32), weight(r, "b4", 24)]
+    w += [
+        ints("bshape", 1, 16, 1, 1),
+        ints("dshape", 16, 1, 3, 3),
+        ints("rows", 0, -1, 16),
+        ints("four", 12, 12, 12, 12),
+    ]
+    w += [ints("first", 0), ints("second", 1), onnx.numpy_helper.from_array(np.array(-1, np.int64), "last")]
+    w += [onnx.numpy_helper.from_array(np.zeros(48, np.float32), "lzero")]
+    w += [onnx.numpy_helper.from_array(np.array(v, np.float32), k) for k, v in (("zero", 0), ("six", 6))]
+    return model(nodes, [("x", ["N", 6, 6, 4])], [("y", ["N", 24])], w), x_of(2, 6, 6, 4)
+
+
 ZOO: dict[str, Callable[[], Case]] = {
     "chain": chain,
     "feed_forward": feed_forward,
@@ -205,4 +249,5 @@ ZOO: dict[str, Callable[[], Case]] = {
     "branches": branches,
     "tied": tied,
     "half": half,
+    "keras": keras,
 }

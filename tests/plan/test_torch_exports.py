@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
+import onnx_refit
 from onnx_refit.plan.compile import compile_model
 from onnx_refit.tensors import Array
 from tests.plan.support import assert_close, assert_contract, ops, optimiser_leftovers, run, run_compiled, substitute
@@ -171,6 +173,18 @@ def perturbed(weights: dict[str, Array], seed: int) -> dict[str, Array]:
     return found
 
 
+def check_engine(proto: onnx.ModelProto, feeds: dict[str, Array], weights: dict[str, Array]) -> None:
+    """The loaded engine's answers, after whole and partial refits, are those of a fresh baked session."""
+    whole = perturbed(weights, 2)
+    part = {name: array for name, array in perturbed(weights, 3).items() if name in sorted(weights)[::2]}
+    with onnx_refit.load(onnx_refit.build(proto)) as engine:
+        for given, now in ((whole, whole), (part, {**whole, **part})):
+            engine.refit(given, partial=given is part).full_speed.wait()
+            model = substitute(proto, now).SerializeToString()
+            baked = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feeds)
+            assert_close(baked, list(engine.run(feeds).values()), REL)
+
+
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo", "dynamo-raw"])
 @pytest.mark.parametrize("name", MODELS)
 def test_export(name: str, exporter: str) -> None:
@@ -185,6 +199,7 @@ def test_export(name: str, exporter: str) -> None:
     assert not np.array_equal(expected[0], first[0])
     assert_close(expected, run_compiled(compiled, weights, feeds), REL)
     assert not optimiser_leftovers(compiled)
+    check_engine(proto, feeds, dict(compilation.weights))
     if exporter != "dynamo":  # the optimising exporter folds parameters before we see them
         sources = {source.spec.name for source in compiled.sources}
         assert {p for p in parameters if not p.endswith("num_batches_tracked")} <= sources
