@@ -9,7 +9,7 @@ from onnx_refit.refit.canary import Canary
 from onnx_refit.serve.cluster.book import Book
 from onnx_refit.serve.cluster.coordinator import Coordinator
 from onnx_refit.serve.cluster.errors import ReplicaLostError
-from onnx_refit.serve.cluster.messages import Member, RefitOrder
+from onnx_refit.serve.cluster.messages import Member, Publish, RefitOrder
 from onnx_refit.serve.cluster.parcel import pack
 from onnx_refit.serve.cluster.replica import Replica
 from onnx_refit.serve.cluster.roster import Patience
@@ -129,7 +129,9 @@ class World:
             name = f"replica-{next(self._names)}"
             while True:
                 local = self.replicas[name] = Local(self.plan, await self.coordinator.hello(), name)
-                if await self.coordinator.admit(local.member, local.replica.state) is not None:
+                target = await self.coordinator.admit(local.member, local.replica.state)
+                if target is not None:
+                    local.replica.carry_out(Publish("join", target))
                     break
                 local.end_now()
 

@@ -1,6 +1,7 @@
 """Two phases over replicas in this process, each of which, and the coordinator, ends wherever the test says."""
 
 import asyncio
+import shutil
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.serve.cluster.book import FILE, Book
 from onnx_refit.serve.cluster.errors import ClusterError
-from onnx_refit.serve.cluster.messages import RefitOrder, Target
+from onnx_refit.serve.cluster.messages import Publish, RefitOrder, Target
 from onnx_refit.serve.cluster.parcel import pack
 from onnx_refit.serve.cluster.roster import Patience
-from tests.serve.cluster.support import Killed, golden, in_loop
+from tests.serve.cluster.support import Killed, Local, golden, in_loop
 from tests.serve.models import affine
 
 
@@ -212,8 +213,6 @@ def test_a_replica_that_joins_meanwhile_comes_in_at_what_was_decided(play):
         local.ask = slow
         refit = asyncio.create_task(world.refit(2.0))
         await asyncio.sleep(0)
-        from tests.serve.cluster.support import Local
-
         late = world.replicas["late"] = Local(world.plan, welcome, "late")
         admission = asyncio.create_task(world.coordinator.admit(late.member, late.replica.state))
         joining = asyncio.create_task(world.join())
@@ -230,6 +229,104 @@ def test_a_replica_that_joins_meanwhile_comes_in_at_what_was_decided(play):
     play(story)
 
 
+def test_a_replica_that_joins_after_a_rollback_to_what_it_has_loaded_takes_the_new_epoch(play):
+    async def story(world):
+        welcome = await world.coordinator.hello()
+        await world.refit(2.0)
+        await world.coordinator.rollback(1, "back")
+        late = world.replicas["late"] = Local(world.plan, welcome, "late")
+        target = await world.coordinator.admit(late.member, late.replica.state)
+        assert target == Target(1, 3)
+        late.replica.carry_out(Publish("join", target))
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_epochs_grow_even_if_the_book_is_lost(play):
+    async def story(world):
+        for step in range(5):
+            await world.refit(2.0 + step, f"t{step}")
+        members = [(local.member, local) for local in world.living]
+        (world.path / FILE).unlink()
+        world.start()
+        # One is ahead of the others, as if a second phase had not reached them.
+        members[-1][1].replica.carry_out(Publish("more", Target(6, 20)))
+        for member, local in members:
+            assert world.coordinator.participant(member.name) is None
+            local.replica.carry_out(Publish("join", await world.coordinator.admit(member, local.replica.state)))
+        await world.coordinator.settle()
+        assert {epoch for _, _, epoch in world.answers()} == {21}
+        await all_is_well(world, 6, 6.0)
+
+    play(story)
+
+
+def test_an_old_copy_of_the_store_is_followed_and_epochs_still_grow(play, world):
+    async def story(world):
+        await world.refit(2.0, "a")
+        shutil.copytree(world.path, world.path.with_name("copy"))
+        await world.refit(3.0, "b")
+        epoch = world.book.target.epoch
+        world.path = world.path.with_name("copy")
+        world.start()
+        await world.coordinator.settle()
+        assert {answer[:2] for answer in world.answers()} == {(2.0, 2)}
+        assert world.book.target.epoch > epoch
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
+def test_a_late_report_of_a_later_epoch_takes_all_along(play):
+    async def story(world):
+        await world.refit(2.0)
+        late = world.living[-1]
+        late.replica.carry_out(Publish("more", Target(2, 9)))
+        ask = late.ask
+
+        async def slowly(command):
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return await ask(command)
+
+        late.ask = slowly
+        world.start()
+        await world.coordinator.settle()
+        assert world.answers() == {(2.0, 2, 10)}
+
+    play(story)
+
+
+def test_nobody_waits_for_a_replica_that_does_not_say_where_it_stands(play, world):
+    world.patience = Patience(prepare=5.0, publish=5.0, report=5.0)
+
+    async def story(world):
+        slow = world.living[0]
+        world.kill_at = "decided"
+        with pytest.raises(Killed):
+            await world.refit(2.0)
+        gate = asyncio.Event()
+        ask = slow.ask
+
+        async def wait(command):
+            await gate.wait()
+            return await ask(command)
+
+        slow.ask = wait
+        world.start()
+        settling = asyncio.create_task(world.coordinator.settle())
+        while {local.infer()[1] for local in world.living[1:]} != {2}:
+            await asyncio.sleep(0.01)
+        assert not settling.done()
+        gate.set()
+        await settling
+        assert not slow.ended
+        await all_is_well(world, 2, 2.0)
+
+    play(story)
+
+
 def test_rollback_sends_weights_to_replicas_that_do_not_hold_them(play):
     async def story(world):
         await world.refit(2.0, "a")
@@ -237,6 +334,26 @@ def test_rollback_sends_weights_to_replicas_that_do_not_hold_them(play):
         assert world.living[-1].replica.state.held == (2,)
         report = await world.coordinator.rollback(1, "back")
         assert len(report.replicas) == 4
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
+def test_what_was_prepared_for_a_rollback_is_published_by_the_next_coordinator(play):
+    """Not thrown away and sent again: the store need not be read for it."""
+
+    async def story(world):
+        await world.refit(2.0, "a")
+        await world.join()
+        world.kill_at = "decided"
+        with pytest.raises(Killed):
+            await world.coordinator.rollback(1, "back")
+        late = world.living[-1]
+        assert late.replica.state.prepared == "back"
+        late.asked.clear()
+        world.start()
+        await world.coordinator.settle()
+        assert late.asked == ["Report", "Publish"]
         await all_is_well(world, 1, 1.0)
 
     play(story)

@@ -136,8 +136,12 @@ class Book:
         """Where the weights of a version came from, in words."""
         return next((source_of(record) for record in self.records if record.number == version), "")
 
-    def transaction(self, version: int) -> str:
-        """The transaction that made a version; empty for the first."""
+    @property
+    def transaction(self) -> str:
+        """The transaction that made the target what answers; empty for the first version."""
+        version = self.target.version
+        if self._state.version == version:
+            return self._state.transaction
         return next((r.metadata.get(_TRANSACTION, "") for r in self.records if r.number == version), "")
 
     def decided(self, transaction: str) -> int | None:
@@ -196,6 +200,11 @@ class Book:
     def forget(self, version: int) -> None:
         """Delete a version that is not current; VersionError if there is none, or it is current."""
         self._ledger.forget(version)
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Go on counting from an epoch; never backwards."""
+        if epoch > self._state.epoch:
+            self._write(replace(self._state, epoch=epoch))
 
     def add(self, member: Member) -> None:
         """Note a replica before it answers its first request."""

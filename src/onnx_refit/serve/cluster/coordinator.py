@@ -10,7 +10,6 @@ to it before it does anything else.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from onnx_refit.errors import OnnxRefitError, VersionError
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.timing import timed
 from onnx_refit.serve.cluster.book import Book
+from onnx_refit.serve.cluster.depot import Depot
 from onnx_refit.serve.cluster.errors import ClusterError, RefusalKind, ReplicaLostError
 from onnx_refit.serve.cluster.incoming import Incoming, Transport
 from onnx_refit.serve.cluster.messages import (
@@ -31,15 +31,12 @@ from onnx_refit.serve.cluster.messages import (
     RefitOrder,
     ReplicaState,
     Reply,
-    Report,
     Target,
 )
-from onnx_refit.serve.cluster.parcel import pack
 from onnx_refit.serve.cluster.roster import Participant, Patience, Roster
+from onnx_refit.serve.cluster.settler import Settler
 
 Result = TypeVar("Result")
-_LINGER_SECONDS = 60.0
-"""How long shipped weights are kept for the next replica that joins."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,6 @@ class Welcome:
     target: Target
     weights: object
     source: str
-
-
-@dataclass
-class _Shipped:
-    """Weights of a version that the transport has already."""
-
-    version: int
-    weights: object
-    used: float
 
 
 class Coordinator:
@@ -88,13 +76,12 @@ class Coordinator:
         patience: Patience = Patience(),  # noqa: B008 - frozen
         on_phase: Callable[[str, str], None] = lambda phase, transaction: None,
     ) -> None:
-        self._plan, self._book = plan, book
-        self._transport, self._patience, self._on_phase = transport, patience, on_phase
+        self._book = book
+        self._patience, self._on_phase = patience, on_phase
         self._incoming = Incoming(plan, book, transport)
         self._roster = Roster(book, connect)
-        # Whether every replica is known to answer with the book's target. A new coordinator knows nothing.
-        self._settled = not len(self._roster)
-        self._shipped: _Shipped | None = None
+        self._depot = Depot(plan, book, transport)
+        self._settler = Settler(book, self._roster, self._depot, patience)
         self._lock = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -104,19 +91,22 @@ class Coordinator:
         """What a new replica is to load."""
         async with self._lock:
             target = self._book.target
-            return Welcome(target, await self._stored(target.version), self._book.source(target.version))
+            return Welcome(target, await self._depot.weights(target.version), self._book.source(target.version))
 
     async def admit(self, member: Member, state: ReplicaState) -> Target | None:
         """Let a replica in, if it stands where the cluster stands; None if it has to say hello again.
 
         A replica must not answer requests before. As this waits for what is under way, none comes in behind.
+
+        Returns:
+            What the replica is to publish before it answers: the same version, perhaps at a later epoch.
         """
         async with self._lock:
-            target = self._book.target
-            if state.target.version != target.version:
+            if state.target.version != self._book.target.version:
                 return None
+            await self._settler.not_behind(state)
             await self._roster.add(member)
-            return target
+            return self._book.target
 
     async def leave(self, name: str) -> None:
         """A replica answers nobody any more."""
@@ -129,15 +119,14 @@ class Coordinator:
 
     async def settle(self) -> None:
         """Bring every replica to what was decided; those that cannot be brought there are ended."""
-        await self._whole(self._settle())
+        await self._whole(self._settler.settle())
 
     async def look(self) -> None:
         """Take note of replicas that have ended, and settle what is open; to be called now and then."""
         if self._lock.locked():
             return
-        await self._whole(self._settle())
-        if self._shipped is not None and time.monotonic() > self._shipped.used + _LINGER_SECONDS:
-            self._shipped = None
+        await self._whole(self._settler.settle())
+        self._depot.tidy()
 
     async def stop(self) -> None:
         """Finish what is under way; nothing more is begun."""
@@ -165,7 +154,7 @@ class Coordinator:
         """What became of a refit or rollback: its account if it was decided, None if it never was nor will be."""
 
         async def find() -> ClusterReport | None:
-            await self._settle()
+            await self._settler.settle()
             return self._account(transaction)
 
         return await self._whole(find())
@@ -185,7 +174,7 @@ class Coordinator:
         return {
             "version": target.version,
             "epoch": target.epoch,
-            "settled": self._settled,
+            "settled": self._settler.settled,
             "busy": self._lock.locked(),
             "replicas": {member.name: dict(member.address) for member in self._roster.members},
             "versions": [
@@ -242,14 +231,14 @@ class Coordinator:
         command = Prepare(transaction, before.version, version, source=f"rollback to version {version}")
         with timed(seconds, "prepare"):
             # Most replicas hold it still; weights travel only if one does not.
-            prepared = await self._prepare(command, absent=lambda: self._stored(version))
+            prepared = await self._prepare(command, absent=lambda: self._depot.weights(version))
         with timed(seconds, "decide"):
             target = await self._decide(command, lambda: self._book.rollback(version, transaction))
         return await self._publish(command, target, prepared, seconds)
 
     async def _begin(self, transaction: str) -> ClusterReport | None:
         """Make sure that all stand at the same version; the account of a transaction that was decided already."""
-        await self._settle()
+        await self._settler.settle()
         known = self._account(transaction)
         if known is None and not len(self._roster):
             raise ClusterError("there is no replica", hint="Wait until one has joined")
@@ -296,16 +285,16 @@ class Coordinator:
         except OnnxRefitError:
             await self._abort(command.transaction)
             # The epoch may have been counted up already.
-            self._settled = False
+            self._settler.settled = False
             raise
-        self._settled, self._shipped = False, None
+        self._settler.settled = False
         self._on_phase("decided", command.transaction)
         return target
 
     async def _abort(self, transaction: str) -> None:
         # A replica that does not hear it discards when the next one is prepared, or when it is asked where it stands.
         results = await self._roster.ask_all(Discard(transaction), self._patience.publish)
-        self._settled = self._settled and all(isinstance(result, Reply) for result in results.values())
+        self._settler.settled = self._settler.settled and all(isinstance(result, Reply) for result in results.values())
         self._on_phase("aborted", transaction)
 
     async def _publish(
@@ -318,12 +307,12 @@ class Coordinator:
             order = Publish(command.transaction, target)
             results = await self._roster.ask_all(order, self._patience.publish)
             for name, result in results.items():
-                if await self._brought(name, result, target):
+                if await self._settler.brought(name, result, target):
                     spent = result.seconds if isinstance(result, Reply) else {}
                     replicas[name] = {**prepared[name].seconds, **spent}
                 else:
                     lost.append(name)
-        self._settled = True
+        self._settler.settled = True
         self._on_phase("published", command.transaction)
         changed = {name for reply in prepared.values() for name in reply.changed}
         return ClusterReport(
@@ -337,66 +326,7 @@ class Coordinator:
             seconds,
         )
 
-    # ------------------------------------------------------------------ bringing replicas to what was decided
-
-    async def _settle(self) -> None:
-        await self._roster.drop_ended()
-        if self._settled:
-            return
-        target = self._book.target
-        decided = self._book.transaction(target.version)
-        for name, result in (await self._roster.ask_all(Report(), self._patience.report)).items():
-            if not isinstance(result, Reply):
-                await self._roster.end(name)
-                continue
-            prepared = result.state.prepared
-            if prepared is not None and prepared != decided:
-                await self._roster.ask(name, Discard(prepared), self._patience.publish)
-            if result.state.target != target:
-                publish = Publish(decided, target)
-                await self._brought(name, await self._roster.ask(name, publish, self._patience.publish), target)
-        self._settled = True
-
-    async def _brought(self, name: str, result: Reply | ClusterError, target: Target) -> bool:
-        """Whether a replica has published, if need be with weights sent anew; one that has not is ended.
-
-        Args:
-            name: the replica.
-            result: what it answered when it was told to publish.
-            target: what.
-        """
-        if isinstance(result, Reply) and result.refusal is not None:
-            try:
-                result = await self._send_anew(name, result.state, target)
-            except OnnxRefitError as error:
-                # The store cannot give the weights. Those that have them go on; this one cannot.
-                result = ClusterError(error.message, where=name)
-        if isinstance(result, Reply) and result.refusal is None:
-            return True
-        await self._roster.end(name)
-        return False
-
-    async def _send_anew(self, name: str, state: ReplicaState, target: Target) -> Reply | ClusterError:
-        # Under a name of its own: what the replica may have prepared is not this.
-        transaction = f"bring {target.version} {target.epoch}"
-        weights, source = await self._stored(target.version), self._book.source(target.version)
-        command = Prepare(transaction, state.target.version, target.version, weights, source=source)
-        result = await self._roster.ask(name, command, self._patience.prepare)
-        if isinstance(result, Reply) and result.refusal is None:
-            return await self._roster.ask(name, Publish(transaction, target), self._patience.publish)
-        return result
-
     # ------------------------------------------------------------------ small things
-
-    async def _stored(self, version: int) -> object:
-        """The weights of a version as the transport ships them; the last ones are kept for a while."""
-        if self._shipped is None or self._shipped.version != version:
-            stored = self._book.stored(version)
-            names = [source.spec.name for source in self._plan.compiled.sources]
-            weights = await asyncio.to_thread(lambda: self._transport.ship(pack(stored.read_many(names))))
-            self._shipped = _Shipped(version, weights, 0.0)
-        self._shipped.used = time.monotonic()
-        return self._shipped.weights
 
     def _account(self, transaction: str) -> ClusterReport | None:
         version = self._book.decided(transaction)

@@ -40,12 +40,13 @@ class Patience:
     Attributes:
         prepare: for staging and the canary; a replica that takes longer stops the refit.
         publish: for publishing; a replica that takes longer is ended.
-        report: for saying where it stands, after the coordinator was restarted; then it is ended.
+        report: for saying where it stands, after the coordinator was restarted; then it is ended. As long as for
+            staging, which a replica may be at, and others do not wait for it.
     """
 
     prepare: float = 600.0
     publish: float = 30.0
-    report: float = 60.0
+    report: float = 600.0
 
 
 class Roster:

@@ -19,7 +19,7 @@ from onnx_refit.errors import OnnxRefitError
 from onnx_refit.serve.cluster.coordinator import Welcome
 from onnx_refit.serve.cluster.errors import ClusterError, Refusal
 from onnx_refit.serve.cluster.mailbox import Answer
-from onnx_refit.serve.cluster.messages import Member, Prepare, Publish
+from onnx_refit.serve.cluster.messages import Member, Prepare, Publish, Target
 from onnx_refit.serve.cluster.replica import Replica
 from onnx_refit.serve.logs import log
 from onnx_refit.serve.ray.answers import Answered
@@ -61,7 +61,7 @@ class EngineReplica:
                 on_phase=settings.on_phase or (lambda phase, transaction: None),
             )
             # Until it is let in Serve sends it no request; from then on it is in every transaction.
-            if self._ask("admit", self._member, self._replica.state) is not None:
+            if self._admitted():
                 break
             self._replica.close()
         log("a replica has joined", replica=self._member.name, version=self._replica.target.version)
@@ -136,7 +136,7 @@ class EngineReplica:
 
     def _join_again(self) -> None:
         """Come in once more, at what the cluster answers with: the coordinator's book was lost."""
-        while not self._stopped.is_set() and self._ask("admit", self._member, self._replica.state) is None:
+        while not self._stopped.is_set() and not self._admitted():
             welcome = self._hello()
             base, transaction = self._replica.target.version, f"join {welcome.target.version}"
             prepare = Prepare(transaction, base, welcome.target.version, welcome.weights, source=welcome.source)
@@ -144,6 +144,13 @@ class EngineReplica:
                 reply = self._replica.carry_out(command)
                 if reply.refusal is not None:
                     raise reply.refusal.error(self._member.name)
+
+    def _admitted(self) -> bool:
+        """Whether the coordinator has let the replica in; then it stands where the cluster stands."""
+        target: Target | None = self._ask("admit", self._member, self._replica.state)
+        if target is not None:
+            self._replica.carry_out(Publish("join", target))
+        return target is not None
 
     def _hello(self) -> Welcome:
         welcome: Welcome | Refusal = self._ask("hello")
