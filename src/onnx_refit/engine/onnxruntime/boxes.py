@@ -53,9 +53,9 @@ def _box(numbers: Numbers, begin: int, name: str, start: int) -> tuple[Piece, in
         step = int(rows[1, 0] - rows[0, 0])
         if rows[1, 0] == PADDING:
             break
-        moved = rows[0] + step * np.arange(len(rows), dtype=np.int64)[:, None]
-        same = (rows == np.where(rows[0] == PADDING, PADDING, moved)).all(axis=1)
-        count = _run(same)
+        count = _run(rows[:, 0] == rows[0, 0] + step * np.arange(len(rows), dtype=np.int64))
+        moved = rows[0] + step * np.arange(count, dtype=np.int64)[:, None]
+        count = _run((rows[:count] == np.where(rows[0] == PADDING, PADDING, moved)).all(axis=1))
         if count < 2:
             break
         dims.append(count)

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 
 from onnx_refit.engine.onnxruntime.boxes import PADDING, Numbers, boxes
 from onnx_refit.engine.onnxruntime.native import PROVIDERS, session_options
 from onnx_refit.model.graph import all_graphs, attribute
 from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, evaluate, fill
 from onnx_refit.plan.trace.recognise import Numbering
-from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.tensors import Array, TensorSpec, onnx_dtype
 
 _CODE = 0x20000001
 """Bits of the float32 that stands for number 0; all that follow, to 1.6e9, are positive normal numbers."""
@@ -81,10 +81,7 @@ class Packed:
 
     def codes(self) -> Iterator[tuple[TensorSpec, Array]]:
         """Each weight with a number for each element, as float32."""
-        start = 0
-        for spec in self.specs:
-            yield spec, _coded(start, spec)
-            start += spec.size
+        return coded(self.specs)
 
     def unpacked(self, spec: TensorSpec, packed: Mapping[str, Array]) -> Array:
         """A weight read back from its packed tensors (flat)."""
@@ -107,12 +104,7 @@ def learn(model: onnx.ModelProto, weights: Mapping[str, TensorSpec]) -> Packed |
     specs = tuple(_only_packed(model, weights))
     if not specs or sum(spec.size for spec in specs) > _MOST:
         return None
-    nodes = probe(model, specs)
-    start, coded = 0, {}
-    for spec in specs:
-        coded[spec.name] = _coded(start, spec)
-        start += spec.size
-    blocks = _blocks(nodes, specs, coded)
+    blocks = _blocks(probe(model, specs), specs)
     if blocks is None:
         return None
     packs = {block.weight for block in blocks}
@@ -122,9 +114,13 @@ def learn(model: onnx.ModelProto, weights: Mapping[str, TensorSpec]) -> Packed |
     return Packed(specs, blocks, tuple(_adoptable(model, weights, packs)))
 
 
-def _coded(start: int, spec: TensorSpec) -> Array:
-    numbers = np.arange(_CODE + start, _CODE + start + spec.size, dtype=np.uint32)
-    return numbers.view(np.float32).reshape(spec.static_shape)
+def coded(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, Array]]:
+    """Weights with a number for each element, as float32."""
+    start = _CODE
+    for spec in specs:
+        numbers = np.arange(start, start + spec.size, dtype=np.uint32)
+        yield spec, numbers.view(np.float32).reshape(spec.static_shape)
+        start += spec.size
 
 
 def _uses(model: onnx.ModelProto) -> dict[str, list[tuple[NodeProto, int]]]:
@@ -217,24 +213,39 @@ def _arguments(
     return names, made
 
 
-def initialised(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> onnx.ModelProto:
-    """The graph with these of its inputs as initializers."""
+def initialised(model: onnx.ModelProto, arrays: Iterable[tuple[TensorSpec, Array]], path: Path) -> None:
+    """Write the graph to a file with these of its inputs as initializers, their data in another one beside it."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    kept = [value for value in changed.graph.input if value.name not in arrays]
-    del changed.graph.input[:]
-    changed.graph.input.extend(kept)
-    changed.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
-    return changed
+    graph = changed.graph
+    data = path.with_suffix(".bin")
+    names = set()
+    with data.open("wb") as file:
+        for spec, array in arrays:
+            names.add(spec.name)
+            external(graph, spec, data.name, file.tell())
+            file.write(array.data)
+    kept = [value for value in graph.input if value.name not in names]
+    del graph.input[:]
+    graph.input.extend(kept)
+    path.write_bytes(changed.SerializeToString())
 
 
-def _blocks(
-    nodes: onnx.ModelProto, specs: Sequence[TensorSpec], coded: Mapping[str, Array]
-) -> tuple[Block, ...] | None:
+def external(graph: onnx.GraphProto, spec: TensorSpec, file: str, offset: int) -> TensorProto:
+    """Add an initializer whose data is in a file."""
+    tensor: TensorProto = graph.initializer.add(name=spec.name, data_type=onnx_dtype(spec.dtype))
+    tensor.dims.extend(spec.static_shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", file), ("offset", str(offset)), ("length", str(spec.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _blocks(nodes: onnx.ModelProto, specs: Sequence[TensorSpec]) -> tuple[Block, ...] | None:
     """What a session of the probe packs, from the file that it writes."""
     with tempfile.TemporaryDirectory(prefix="onnx-refit-") as folder:
         source, target = Path(folder) / "coded.onnx", Path(folder) / "packed.onnx"
-        source.write_bytes(initialised(nodes, coded).SerializeToString())
+        initialised(nodes, coded(specs), source)
         options = session_options(1)
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
@@ -245,7 +256,7 @@ def _blocks(
         except Exception:  # noqa: BLE001  onnxruntime raises a dozen unrelated classes; other tiers remain
             return None
         written = onnx.load_model(str(target), load_external_data=False)
-        data = np.fromfile(Path(folder) / "weights.bin", np.uint8)
+        data = np.memmap(Path(folder) / "weights.bin", np.uint8, "r")
     numbering = Numbering.of(specs)
     found: list[Block] = []
     for tensor in sorted(written.graph.initializer, key=lambda tensor: tensor.name):
