@@ -73,12 +73,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; on leaving the block it is synced and renamed to ``path``.
 
     If the block raises, or the disk is full, the temporary file is removed and what stood at ``path`` is untouched.
+    An error of the block about another file, one that it reads, say, is left as it is.
 
     Raises:
         WriteError: the operating system refused (full disk, read-only place, missing directory, ...).
     """
     target = Path(path)
     temporary: Path | None = None
+    foreign: OSError | None = None
     try:
         # A link is written through, as open() would; so is what is no file (a pipe, /dev/null).
         target = target.resolve() if target.is_symlink() else target
@@ -91,7 +93,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
-            yield file
+            try:
+                yield file
+            except OSError as error:
+                foreign = error if error.filename not in (None, name) else None
+                raise
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file readable by its owner alone; give it what the old one had, or open() would give.
@@ -100,6 +106,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary = None
         sync_directory(target.parent)
     except OSError as error:
+        if error is foreign:
+            raise
         raise write_error(target, error) from error
     finally:
         if temporary is not None:

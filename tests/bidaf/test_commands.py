@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+import onnx_refit
 from onnx_refit.cli.main import main
 from onnx_refit.samples.bidaf import bundle, live
 from onnx_refit.samples.bidaf.live import LiveRow, plot_rows, refit_series
+from tests.support.models import mlp
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +55,16 @@ def test_prepare_and_build_with_the_users_own_directory(here, sample, capsys, mo
         *["Refitting engine...", "Doing inference..."] * 2,
         "Passed",
     ]
+
+
+@pytest.mark.parametrize(
+    "command", [["ask", "--question", "who?", "--context", "A fox."], ["live", "--no-plot"], ["evaluate"]]
+)
+def test_a_plan_of_another_model(here, capsys, command):
+    onnx_refit.build(mlp()).save(here / "mlp.plan")
+    assert main(["bidaf", *command, "--plan", "mlp.plan"]) == 1
+    err = " ".join(capsys.readouterr().err.split())
+    assert "mlp.plan: the plan is of another model: it takes x and gives y" in err
 
 
 def test_prepare_without_a_model_says_how(here, capsys):

@@ -24,6 +24,13 @@ def test_json_lines_compressed_or_not(tmp_path):
     assert read_questions(plain) == read_questions(packed) == expected
 
 
+def test_a_text_may_hold_what_unicode_calls_a_line_separator(tmp_path):
+    row = {**ROWS[0], "context": "A b\u2028c\x85d."}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(ROWS[1]) + "\n", newline="")
+    assert [question.context for question in read_questions(path)] == ["A b\u2028c\x85d.", "A b c."]
+
+
 def test_the_data_sets_own_format(tmp_path):
     rows = [{"id": "x", "question": "b?", "answers": [{"text": "b", "answer_start": 2}] * 2}]
     path = tmp_path / "dev.json"

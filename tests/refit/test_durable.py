@@ -70,6 +70,28 @@ def test_a_version_no_longer_held_comes_back_from_the_store(plan_path: Path, tmp
         assert answers(engine, 3)
 
 
+def test_a_version_is_forgotten_though_its_bytes_cannot_be_freed_now(
+    plan_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Store) -> int:
+        raise StoreError("the disk refused")
+
+    with onnx_refit.load(plan_path, store=tmp_path / "store", keep=4) as engine:
+        for seed in (1, 2, 3):
+            engine.refit(mlp_weights(seed))
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "gc", refuse)
+            engine.forget(2)
+        assert [info.number for info in engine.versions if info.held] == [1, 3, 4]
+        with pytest.raises(VersionError):
+            engine.run({"x": X}, version=2)
+        before = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
+        engine.forget(3)
+        after = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
+    one = sum(array.nbytes for array in mlp_weights(0).values())
+    assert before - after > 1.5 * one, "the next one frees both"
+
+
 def test_what_is_stored_is_what_was_staged(plan_path: Path, tmp_path: Path) -> None:
     given = mlp_weights(1)
     with onnx_refit.load(plan_path, store=tmp_path / "store") as engine:

@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from onnx_refit.model.counting import positions
 from onnx_refit.model.edit import Builder, copy_model, is_onnx, label, prune_upwards, replace_node
 from onnx_refit.model.graph import all_graphs, attribute, opset, producers
-from onnx_refit.model.passes import Blocker, Change, PassResult
+from onnx_refit.model.passes import Blocker, Change, PassResult, Rewrite
 from onnx_refit.model.shapes import Dims, Shapes, product
 
 _NUMERIC = frozenset(
@@ -58,18 +58,10 @@ class _Axis:
         return product([size for place, size in enumerate(dims) if place != self.axis % len(dims)])
 
 
-class SelectByArgMax:
+class SelectByArgMax(Rewrite):
     """Hardmax -> Cast -> (Reshape, ...) -> Compress becomes ArgMax -> Gather."""
 
     name = "select-by-argmax"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing that can be said without the model before."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""
@@ -152,18 +144,10 @@ def _condition_chain(graph: GraphProto, name: str) -> list[NodeProto] | None:
     return None
 
 
-class ReplaceHardmax:
+class ReplaceHardmax(Rewrite):
     """Hardmax becomes ArgMax and a comparison of every place with it."""
 
     name = "replace-hardmax"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing: a Hardmax of unknown rank or type stays, with its reason."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""

@@ -7,22 +7,14 @@ from onnx import GraphProto, ModelProto, NodeProto
 
 from onnx_refit.model.edit import Builder, bypass, constant_of, copy_model, insert_before, is_onnx, label, replace_node
 from onnx_refit.model.graph import all_graphs, consumers, opset, reads
-from onnx_refit.model.passes import Blocker, Change, PassResult
+from onnx_refit.model.passes import Blocker, Change, PassResult, Rewrite
 from onnx_refit.tensors import is_floating, onnx_dtype_name
 
 
-class RemoveDropout:
+class RemoveDropout(Rewrite):
     """Dropout hands its input on at inference."""
 
     name = "remove-dropout"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing: a Dropout that trains stays, with its reason."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""
@@ -78,18 +70,10 @@ def _remove_dropout(model: ModelProto, graph: GraphProto, node: NodeProto) -> No
     bypass(graph, next(n for n in graph.node if n == plain), plain.input[0], plain.output[0])
 
 
-class RemoveIdentity:
+class RemoveIdentity(Rewrite):
     """Identity hands its input on; readers read that input instead, so that weights keep their names."""
 
     name = "remove-identity"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing: an Identity between a graph input and a graph output stays."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""
@@ -107,18 +91,10 @@ class RemoveIdentity:
         return PassResult(copy if changes else model, tuple(changes))
 
 
-class RemoveUnusedConstants:
+class RemoveUnusedConstants(Rewrite):
     """Constants that other passes left without a reader go; floating-point ones stay, as they may be weights."""
 
     name = "remove-unused-constants"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing: outputs and defaults of inputs count as read."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""

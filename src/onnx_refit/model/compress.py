@@ -7,18 +7,14 @@ from onnx import GraphProto, ModelProto, NodeProto
 
 from onnx_refit.model.edit import Builder, constant_of, copy_model, is_onnx, label, replace_node
 from onnx_refit.model.graph import all_graphs, attribute
-from onnx_refit.model.passes import Change, PassResult
+from onnx_refit.model.passes import Change, PassResult, Rewrite
 from onnx_refit.model.shapes import Shapes
 
 
-class ReplaceCompress:
+class ReplaceCompress(Rewrite):
     """Compress by a constant condition becomes Gather of constant places; by any other, NonZero -> Gather."""
 
     name = "replace-compress"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
 
     def ensures(self, model: ModelProto) -> str | None:
         """No Compress is left."""

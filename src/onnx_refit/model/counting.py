@@ -24,7 +24,7 @@ from onnx_refit.model.edit import (
     replace_node,
 )
 from onnx_refit.model.graph import attribute, consumers, opset, producers
-from onnx_refit.model.passes import Blocker, Change, PassResult
+from onnx_refit.model.passes import Blocker, Change, PassResult, Rewrite
 from onnx_refit.model.shapes import Shapes, product
 from onnx_refit.tensors import Array
 
@@ -40,18 +40,10 @@ class _Counter:
     """Scan outputs that hand out the state after it has grown."""
 
 
-class ReplaceCounters:
+class ReplaceCounters(Rewrite):
     """A Scan that only counts becomes the series ``start + step * (0, 1, 2, ...)``."""
 
     name = "replace-counters"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing: a Scan that does more than count stays."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""
@@ -159,18 +151,10 @@ def positions(build: Builder, value: str, axis: int, version: int) -> str:
     return build.node("Reshape", [found, build.constant([-1], wish="flat")])
 
 
-class SimplifyPositions:
+class SimplifyPositions(Rewrite):
     """Gather of the numbers 0, 1, 2, ... at an index becomes the index."""
 
     name = "simplify-positions"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Nothing that can be said without the model before."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""

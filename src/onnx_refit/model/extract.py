@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from onnx_refit.errors import ModelError
 from onnx_refit.model.edit import copy_model, drop_value_info, label
 from onnx_refit.model.graph import Names, all_graphs, attribute, consumers, opset, producers
-from onnx_refit.model.passes import Blocker, Change, PassResult
+from onnx_refit.model.passes import Blocker, Change, PassResult, Rewrite
 from onnx_refit.model.vocabulary import Scalar, VocabularyMap
 from onnx_refit.tensors import Array, dtype_name, onnx_dtype
 
@@ -31,7 +31,7 @@ _OPSET = 17  # of the default domain, where a model imports only others
 _UNSET: dict[str, Scalar] = {"string": "_Unused", "float32": -0.0, "float64": -0.0}
 
 
-class ExtractVocabularies:
+class ExtractVocabularies(Rewrite):
     """CategoryMapper and LabelEncoder on graph inputs (and graph outputs) leave the graph.
 
     Args:
@@ -42,14 +42,6 @@ class ExtractVocabularies:
 
     def __init__(self, *, outputs: bool = True) -> None:
         self._outputs = outputs
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
-
-    def ensures(self, model: ModelProto) -> str | None:
-        """Every mapper on a graph input or output is gone, or the result says why not."""
-        return None
 
     def call(self, model: ModelProto) -> PassResult:
         """Run the pass on a copy of the model."""

@@ -11,17 +11,13 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
 from onnx_refit.errors import ModelError
 from onnx_refit.model.edit import copy_model, label
 from onnx_refit.model.graph import all_graphs, subgraphs
-from onnx_refit.model.passes import Change, PassResult
+from onnx_refit.model.passes import Change, PassResult, Rewrite
 
 
-class SortNodes:
+class SortNodes(Rewrite):
     """Nodes of the main graph, of sub-graphs and of functions come after those whose values they read."""
 
     name = "sort-nodes"
-
-    def requires(self, model: ModelProto) -> str | None:
-        """Nothing."""
-        return None
 
     def ensures(self, model: ModelProto) -> str | None:
         """Every graph is in order."""

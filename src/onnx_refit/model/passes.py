@@ -93,6 +93,18 @@ class Pass(Protocol):
         ...
 
 
+class Rewrite:
+    """What most passes have in common: they run on any model, and promise nothing but what their result lists."""
+
+    def requires(self, model: ModelProto) -> str | None:
+        """Nothing."""
+        return None
+
+    def ensures(self, model: ModelProto) -> str | None:
+        """Nothing: what stays is listed with its reason."""
+        return None
+
+
 def run_passes(model: ModelProto, passes: Sequence[Pass]) -> tuple[ModelProto, tuple[tuple[Pass, PassResult], ...]]:
     """Run passes one after another; ModelError where a requirement or a promise does not hold."""
     results: list[tuple[Pass, PassResult]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -171,9 +172,11 @@ class StoreLedger:
         self._store.rollback(number)
 
     def forget(self, number: int) -> None:
-        """Delete a version and free what no other needs."""
+        """Delete a version and free what no other needs; what cannot be freed now is the next time."""
         self._store.delete(number)
-        self._store.gc()
+        # The version is gone, durably. A disk that refuses to free its bytes must not make it look held.
+        with contextlib.suppress(StoreError):
+            self._store.gc()
 
     def previous(self, number: int) -> int | None:
         """The stored version that was current last before a given one."""

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from onnx_refit.errors import InputError
+from onnx_refit.errors import InputError, PlanMismatchError
+from onnx_refit.plan.plan import Plan
 from onnx_refit.samples.bidaf.network import END_POS, END_SCORES, SPAN, START_POS, START_SCORES
-from onnx_refit.samples.bidaf.vocabulary import Passage, feeds
+from onnx_refit.samples.bidaf.vocabulary import INPUTS, Passage, feeds
 from onnx_refit.tensors import Array
 
 MAX_CONTEXT = 20_000
@@ -71,6 +72,20 @@ def best_span(start_scores: Array, end_scores: Array, longest: int = SPAN) -> tu
     sums = np.asarray(start_scores, np.float64)[:, None] + windows
     first, length = divmod(int(np.argmax(sums)), longest)
     return first, first + length, float(sums[first, length])
+
+
+def require_bidaf(plan: Plan) -> None:
+    """PlanMismatchError unless a plan takes words and characters and gives places, as a BiDAF model's does."""
+    given = {vocabulary.input for vocabulary in plan.preprocessors} | {spec.name for spec in plan.compiled.inputs}
+    outputs = {spec.name for spec in plan.compiled.outputs}
+    missing = [name for name in INPUTS if name not in given]
+    if missing or not ({START_POS, END_POS} <= outputs or {START_SCORES, END_SCORES} <= outputs):
+        raise PlanMismatchError(
+            f"the plan is of another model: it takes {', '.join(sorted(given)) or 'nothing'} and gives "
+            f"{', '.join(sorted(outputs))}",
+            where=plan.path,
+            hint="Name a plan of a BiDAF model, as `onnx-refit bidaf build` makes it",
+        )
 
 
 def answer(engine: Runs, context: str | Passage, question: str | Passage) -> Answer:

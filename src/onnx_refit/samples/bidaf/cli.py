@@ -19,7 +19,7 @@ from onnx_refit.errors import InputError
 from onnx_refit.files import write_text
 from onnx_refit.plan.plan import Plan
 from onnx_refit.samples.bidaf import bundle
-from onnx_refit.samples.bidaf.answering import MAX_CONTEXT, Answer, answer
+from onnx_refit.samples.bidaf.answering import MAX_CONTEXT, Answer, answer, require_bidaf
 from onnx_refit.samples.bidaf.build import PLAN, get_plan
 from onnx_refit.samples.bidaf.demo import bundled_series, dev_questions, make_directory, run_demo, write_original
 from onnx_refit.samples.bidaf.download import URL, Remote, download
@@ -131,9 +131,11 @@ def _load_plan(path: Path | None) -> Plan:
     """The plan named, the one in the working directory, or the bundled model built in memory."""
     if path is None and Path(PLAN).exists():
         path = Path(PLAN)
-    if path is not None:
-        return Plan.load(path)
-    return build(bundle.bundled_model())
+    if path is None:
+        return build(bundle.bundled_model())
+    plan = Plan.load(path)
+    require_bidaf(plan)
+    return plan
 
 
 def show_answer(context: str, question: str, found: Answer) -> None:

@@ -114,6 +114,8 @@ def run_demo(
             answers.append((question, found))
             if show is not None:
                 show(context, question, found)
+        held = engine.version
+        say(f"Live: {held} versions so far, from the first weights to those of the check; each checkpoint is one more.")
         rows = refit_series(engine, bundled_series(), dev_questions(questions), threads=threads, report=report)
     try:
         plots, note = plot_rows(rows, output / "bidaf-live"), None

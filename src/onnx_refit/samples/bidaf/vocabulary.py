@@ -17,6 +17,7 @@ UNKNOWN = 1
 
 CONTEXT_WORD, CONTEXT_CHAR = "context_word", "context_char"
 QUERY_WORD, QUERY_CHAR = "query_word", "query_char"
+INPUTS = (CONTEXT_WORD, CONTEXT_CHAR, QUERY_WORD, QUERY_CHAR)
 
 
 @dataclass(frozen=True)
