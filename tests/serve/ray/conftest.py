@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 NODES = 4
 # CPUs are what Ray counts with, not what the machine has.
 NODE = {"num_cpus": 8, "object_store_memory": 80 << 20}
+# What the nodes have that a test may take away: not the first one, where Ray keeps its own state.
+WORKER = {"worker": 1.0}
 
 
 def free_port():
@@ -42,7 +44,7 @@ def ray_cluster(tmp_path_factory):
 
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     for _ in range(NODES - 1):
-        cluster.add_node(**NODE)
+        cluster.add_node(**NODE, resources=WORKER)
     ray.init(address=cluster.address, log_to_driver=False)
     cluster.http_port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": cluster.http_port})

@@ -19,7 +19,7 @@ from onnx_refit.serve.cluster.roster import Patience
 from tests.serve.cluster.support import golden
 from tests.serve.models import affine, affine_weights
 from tests.serve.ray import failpoints
-from tests.serve.ray.conftest import NODE, wait_until
+from tests.serve.ray.conftest import NODE, WORKER, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -294,12 +294,12 @@ def test_a_whole_node_is_lost(under_load, ray_cluster):
         for name, place in before["replicas"].items()
         if place["node"] != before["coordinator"]["node"]
     )
-    node = next(node for node in ray_cluster.worker_nodes if node.unique_id == lost[1] or node.node_id == lost[1])
+    node = next(node for node in ray_cluster.worker_nodes if node.node_id == lost[1])
     ray_cluster.remove_node(node, allow_graceful=False)
     wait_until(lambda: lost[0] not in under_load.replicas())
     report = under_load.refit()
     assert lost[0] not in report.replicas
-    ray_cluster.add_node(**NODE)
+    ray_cluster.add_node(**NODE, resources=WORKER)
     under_load.whole()
     assert lost[1] not in {place["node"] for place in under_load.status()["replicas"].values()}
 
@@ -346,34 +346,30 @@ def test_replicas_come_and_go_with_the_wanted_number(ray_cluster, affine_plan, t
 
 def test_the_coordinators_node_is_lost(ray_cluster, affine_plan, tmp_path):
     """With a store that several nodes reach, as all of these do, another one takes over."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     from onnx_refit.serve.ray import deploy, remove
 
-    node = ray_cluster.worker_nodes[0] if isinstance(ray_cluster.worker_nodes, list) else None
-    node = node or next(iter(ray_cluster.worker_nodes))
-    where = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
     handle = deploy(
         affine_plan,
         store=tmp_path / "store",
         name="shared",
         num_replicas=3,
-        coordinator_options={"scheduling_strategy": where},
+        coordinator_options={"scheduling_strategy": "DEFAULT", "resources": {"worker": 0.01}},
         max_replicas_per_node=1,
         health_check_period_s=0.5,
     )
     try:
         first = handle.refit(affine_weights(2.0))
-        assert handle.status()["coordinator"]["node"] == node.node_id
+        place = handle.status()["coordinator"]["node"]
+        node = next(node for node in ray_cluster.worker_nodes if node.node_id == place)
         ray_cluster.remove_node(node, allow_graceful=False)
-        wait_until(lambda: handle.status()["coordinator"]["node"] != node.node_id)
+        wait_until(lambda: handle.status()["coordinator"]["node"] != place)
         assert handle.status()["version"] == first.version
         second = handle.refit(affine_weights(3.0))
         answers = [handle.infer(X) for _ in range(10)]
         assert {(float(a["y"][0, 0]), a.version) for a in answers} == {(6.0, second.version)}
     finally:
         remove("shared")
-        ray_cluster.add_node(**NODE)
+        ray_cluster.add_node(**NODE, resources=WORKER)
 
 
 def test_another_coordinator_takes_over_from_one_that_is_gone_for_good(ray_cluster, affine_plan, tmp_path):
