@@ -283,3 +283,18 @@ def test_the_command_line(fresh, weights):
     assert "epoch three" in status
     assert "version 2 answers" in status
     run_cli("push", weights(3).parent / "none", *url, code=1)
+
+
+def test_what_is_no_checkpoint_is_told_what_would_be(server):
+    status, _, answer = server.ask("POST", "/v2/models/affine/refit/stage?label=notes", b"these are no weights at all")
+    assert status == 422
+    assert answer["error"] == "notes: it is no checkpoint of a known kind. Send safetensors, npz or ONNX"
+
+
+def test_any_file_name_can_be_pushed(server, weights, tmp_path):
+    path = tmp_path / "epoch 7 (best) \u00e9\u2192.safetensors"
+    path.write_bytes(weights(2).read_bytes())
+    client = RefitClient(server.url, TOKEN)
+    staged = client.stage("affine", path)
+    assert staged["label"].startswith("epoch 7 _best_ ")
+    client.discard("affine", staged["id"])

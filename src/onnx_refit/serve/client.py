@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import ssl
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -121,7 +122,7 @@ class RefitClient:
             "allow_rounding": allow_rounding,
             "measure": measure,
         }
-        query = {name: "true" for name, value in flags.items() if value} | {"label": label or path.name[:120]}
+        query = {name: "true" for name, value in flags.items() if value} | {"label": label or _plain(path.name)}
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -301,6 +302,11 @@ class RefitClient:
         except (ValueError, KeyError, TypeError):
             body, message = {}, raw[:200].decode("utf-8", "replace") or response.reason
         return ServerError(f"{message} ({response.status})", status=response.status, body=body, where=self._url)
+
+
+def _plain(name: str) -> str:
+    """A file's name as a label: the server takes only what can stand in a log line."""
+    return re.sub(r"[^\w .,:+@=/-]", "_", name)[:120]
 
 
 def _path(model: str, *parts: str) -> str:

@@ -23,6 +23,7 @@ EXTENSION = "onnx_refit.direct"
 
 _BLOCK = 2 << 20
 _AT_ONCE = 1 << 20
+_PATIENCE_SECONDS = 0.02
 _DRAIN_BYTES = 256 << 20
 _DRAIN_SECONDS = 5.0
 
@@ -91,7 +92,16 @@ class _Reader:
     async def readable(self) -> None:
         """Wait on the event loop until a good deal came, or the rest, or the end."""
         # Woken by every packet, the loop and the thread would take turns hundreds of times.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(_AT_ONCE, self.remaining))
+        if self.remaining > 1:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PATIENCE_SECONDS):
+                    await self._has(min(_AT_ONCE, self.remaining))
+                return
+        # The sender may be slow, or wait for a larger window than the socket's memory allows just now.
+        await self._has(1)
+
+    async def _has(self, size: int) -> None:
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
         loop = asyncio.get_running_loop()
         came = loop.create_future()
         loop.add_reader(self._socket.fileno(), lambda: None if came.done() else came.set_result(None))

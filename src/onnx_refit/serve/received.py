@@ -13,6 +13,8 @@ from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.open import open_path
 from onnx_refit.weights.source import WeightSource
 
+_UNKNOWN = "no checkpoint of a known kind"
+
 
 class NamedSource:
     """A weight source under another description: clients and logs see what was uploaded, not where it lies."""
@@ -55,6 +57,9 @@ def open_upload(upload: Upload, label: str) -> WeightSource:
     except OnnxRefitError as error:
         # Where the server keeps its uploads is nobody's business.
         error.where = label
+        if error.message.endswith(_UNKNOWN):
+            # The library knows more kinds, which are not taken over the network.
+            error.hint = "Send safetensors, npz or ONNX"
         raise
 
 
