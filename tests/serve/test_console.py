@@ -129,6 +129,11 @@ def test_by_keyboard_alone_on_a_phone(running, opened, weights):
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#message")).to_contain_text("Version 2 answers now")
     assert running.infer() == (3.0, 2)
+    page.get_by_role("button", name="Compare").press("Enter")
+    bar = page.locator("#layers meter").first
+    playwright.expect(bar).to_be_visible()
+    assert bar.evaluate("bar => bar.clientWidth") > 80, "the plot of changes must be seen on a phone too"
+    shot(page, "phone-compared")
 
 
 def test_without_a_token_nothing_of_the_weights_shows(browser, running):
