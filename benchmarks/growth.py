@@ -54,7 +54,7 @@ def measure(model: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
-def by_bytes(sizes: Sequence[int] = (10, 30, 100, 300, 1000, 1900)) -> list[dict[str, Any]]:
+def by_bytes(sizes: Sequence[int] = (10, 30, 100, 300, 1000, 2000)) -> list[dict[str, Any]]:
     """Few large tensors: ``sizes`` in MB (10^6 bytes), in layers of up to 4096 x 4096."""
     rows = []
     for megabytes in sizes:
