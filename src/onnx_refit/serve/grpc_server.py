@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnx_refit._version import __version__
@@ -38,7 +38,21 @@ _CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
-Handler = Callable[[Any, Any], Awaitable[Any]]
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a method may know of a call.
+
+    Attributes:
+        metadata: of the client, by name.
+        time_remaining: seconds until the client's deadline; None if it set none.
+    """
+
+    metadata: Mapping[str, Any]
+    time_remaining: float | None
+
+
+Handler = Callable[[Any, _Call], Awaitable[Any]]
 
 
 class _Service:
@@ -47,26 +61,26 @@ class _Service:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    async def ServerLive(self, message: Any, call: Any) -> Any:  # noqa: N802 - the protocol's names
+    async def ServerLive(self, message: Any, call: _Call) -> Any:  # noqa: N802 - the protocol's names
         return messages.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def ServerReady(self, message: Any, call: _Call) -> Any:  # noqa: N802
         return messages.ServerReadyResponse(ready=self._context.serving)
 
-    async def ModelReady(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def ModelReady(self, message: Any, call: _Call) -> Any:  # noqa: N802
         model = self._context.models.get(message.name)
         model.metadata(parse_version(message.version))
         return messages.ModelReadyResponse(ready=model.online and self._context.serving)
 
-    async def ServerMetadata(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def ServerMetadata(self, message: Any, call: _Call) -> Any:  # noqa: N802
         return messages.ServerMetadataResponse(name="onnx-refit", version=__version__, extensions=EXTENSIONS)
 
-    async def ModelMetadata(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def ModelMetadata(self, message: Any, call: _Call) -> Any:  # noqa: N802
         return messages.ModelMetadataResponse(
             **self._context.models.get(message.name).metadata(parse_version(message.version))
         )
 
-    async def ModelInfer(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def ModelInfer(self, message: Any, call: _Call) -> Any:  # noqa: N802
         context = self._context
         context.require_serving()
         model = context.models.get(message.model_name)
@@ -74,15 +88,15 @@ class _Service:
         try:
             request = decode_request(message)
             # The client's deadline travels with every gRPC call; what is of no use to it need not run.
-            left = call.time_remaining()
+            left = call.time_remaining
             if left is not None:
                 timeout = left if request.timeout is None else min(left, request.timeout)
                 request = replace(request, timeout=max(timeout, 0.0))
-            key = _metadata(call).get("onnx-refit-split-key")
+            key = call.metadata.get("onnx-refit-split-key")
             if key is not None:
                 request = replace(request, split_key=str(key))
-            with request_span("infer", _carrier(call), model=model.name, protocol="grpc") as trace:
-                response = await model.infer(request, parse_version(_metadata(call).get("onnx-refit-version")))
+            with request_span("infer", _carrier(call.metadata), model=model.name, protocol="grpc") as trace:
+                response = await model.infer(request, parse_version(call.metadata.get("onnx-refit-version")))
                 trace("version", response.version)
             code = 200
             return encode_response(request, response)
@@ -93,7 +107,7 @@ class _Service:
             context.metrics.requests.labels(model.name, "grpc", str(code)).inc()
             context.metrics.request_seconds.labels(model.name, "grpc").observe(time.perf_counter() - started)
 
-    async def RepositoryIndex(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def RepositoryIndex(self, message: Any, call: _Call) -> Any:  # noqa: N802
         response = messages.RepositoryIndexResponse()
         for model in self._context.models:
             if model.online or not message.ready:
@@ -101,11 +115,11 @@ class _Service:
                 response.models.add(name=model.name, version=str(model.engine.version), state=state)
         return response
 
-    async def RepositoryModelLoad(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def RepositoryModelLoad(self, message: Any, call: _Call) -> Any:  # noqa: N802
         model = self._switch(message, online=True)
         return messages.RepositoryModelLoadResponse(model_name=model, is_loaded=True)
 
-    async def RepositoryModelUnload(self, message: Any, call: Any) -> Any:  # noqa: N802
+    async def RepositoryModelUnload(self, message: Any, call: _Call) -> Any:  # noqa: N802
         model = self._switch(message, online=False)
         return messages.RepositoryModelUnloadResponse(model_name=model, is_unloaded=True)
 
@@ -124,13 +138,9 @@ _NEEDS = {
 _METHODS = tuple(name for name in vars(_Service) if name[0].isupper())
 
 
-def _metadata(call: Any) -> dict[str, Any]:
-    return dict(call.invocation_metadata() or ())
-
-
-def _carrier(call: Any) -> dict[str, str]:
+def _carrier(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The metadata that is text, if anybody traces."""
-    return {name: value for name, value in _metadata(call).items() if isinstance(value, str)} if tracing() else {}
+    return {name: value for name, value in metadata.items() if isinstance(value, str)} if tracing() else {}
 
 
 def _guarded(name: str, handler: Handler, gatekeeper: Gatekeeper, access_log: bool) -> Handler:
@@ -139,14 +149,12 @@ def _guarded(name: str, handler: Handler, gatekeeper: Gatekeeper, access_log: bo
 
     async def handle(message: Any, call: Any) -> Any:
         started, status = time.perf_counter(), 200
-        metadata = _metadata(call)
-        given = metadata.get("x-request-id")
-        identity = request_id(given.encode() if isinstance(given, str) else None)
+        metadata = dict(call.invocation_metadata() or ())
         failed: BaseException | None = None
         try:
             authorization = metadata.get("authorization")
             gatekeeper.require(need, authorization.encode() if isinstance(authorization, str) else None)
-            return await handler(message, call)
+            return await handler(message, _Call(metadata, call.time_remaining()))
         except Exception as error:  # noqa: BLE001 - the last line of defence: a status for the client, the rest for the log
             failed, status = error, status_of(error)
             text = str(error) if isinstance(error, OnnxRefitError) else "internal error; the server's log has it"
@@ -154,11 +162,12 @@ def _guarded(name: str, handler: Handler, gatekeeper: Gatekeeper, access_log: bo
         finally:
             if access_log or status >= 500:
                 unforeseen = failed is not None and not isinstance(failed, OnnxRefitError)
+                given = metadata.get("x-request-id")
                 log(
                     "request",
                     level=logging.ERROR if status == 500 else logging.INFO,
                     exception=failed if unforeseen else None,
-                    request_id=identity,
+                    request_id=request_id(given.encode() if isinstance(given, str) else None),
                     method=name,
                     protocol="grpc",
                     status=status,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ except ImportError:
     trace = None
 
 Result = TypeVar("Result")
+# The API looks into the environment each time it is asked for its provider.
+_ASK_SECONDS = 0.5
 SetAttribute = Callable[[str, Any], None]
 """Sets an attribute of a span: a name within ``onnx_refit.``, and a string, number or boolean."""
 
@@ -27,9 +30,25 @@ def _ignore(name: str, value: object) -> None:
     """Set no attribute."""
 
 
-def tracing() -> bool:
-    """Whether spans go anywhere; without a provider, making them would cost as much as decoding a request."""
-    return trace is not None and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+class _Watch:
+    """Whether spans go anywhere, asked again now and then: a provider is set once, at any time."""
+
+    def __init__(self) -> None:
+        self._yes = False
+        self._again = 0.0
+
+    def __call__(self) -> bool:
+        if self._yes or trace is None:
+            return self._yes
+        now = time.monotonic()
+        if now >= self._again:
+            self._again = now + _ASK_SECONDS
+            self._yes = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        return self._yes
+
+
+tracing = _Watch()
+"""Whether spans go anywhere; without a provider, making them would cost as much as decoding a request."""
 
 
 @contextlib.contextmanager
