@@ -19,6 +19,7 @@ from onnx_refit.engine.protocol import Inspector, Look
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.trace.recipes import Recipe, evaluate
 from onnx_refit.tensors import Array, numpy_dtype
+from onnx_refit.threads import step_back
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 _ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
@@ -113,7 +114,10 @@ class Deriver:
         for name, sources in self._sources.items():
             for source in sources:
                 self._readers.setdefault(source, set()).add(name)
-        self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive") if threads > 1 else None
+        self._pool: ThreadPoolExecutor | None = None
+        if threads > 1:
+            # Requests go first: with as many threads as cores they wait for a refit's otherwise.
+            self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive", initializer=step_back)
         self._threads = threads
         self._caster: Caster | None = None
         self._lock = threading.Lock()
