@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_refit
 from onnx_refit.errors import RefitRejectedError
 from onnx_refit.refit.check import CheckOptions, check
+from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.inspection import Inspection
 from onnx_refit.refit.packet import SMALL, Packet
 from onnx_refit.refit.unchanged import Sampler, unchanged
@@ -80,8 +81,10 @@ def test_one_bad_element_anywhere_is_refused_as_a_check_beforehand_refuses_it(
     assert not arrays
     with pytest.raises(RefitRejectedError) as refused:
         engine.refit(given)
-    assert refused.value.report.problems() == wanted.problems()
-    assert len(refused.value.report.accepted) == len(SHAPES) - 1
+    report = refused.value.report
+    assert isinstance(report, CheckReport)
+    assert report.problems() == wanted.problems()
+    assert len(report.accepted) == len(SHAPES) - 1
     assert engine.version == version
     np.testing.assert_array_equal(engine.run({"x": X})["y"], before)
     for key, array in weights(1).items():
@@ -94,7 +97,9 @@ def test_bad_elements_are_named_beside_other_problems(engine: onnx_refit.Engine)
     given["bias"] = given["bias"][:-1]
     with pytest.raises(RefitRejectedError, match=r"2 problems.*shape") as refused:
         engine.refit(given)
-    assert {one.name for one in refused.value.report.rejected} == {"conv", "bias"}
+    report = refused.value.report
+    assert isinstance(report, CheckReport)
+    assert {one.name for one in report.rejected} == {"conv", "bias"}
 
 
 def test_what_is_not_finite_can_be_allowed_and_is_then_refused_again_although_unchanged(
