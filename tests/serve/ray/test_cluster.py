@@ -1,5 +1,6 @@
 """Replicas on several nodes under load, killed with -9 in every phase, and so is the coordinator."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -184,6 +185,35 @@ def test_what_is_refused_is_refused_by_all_and_says_why(under_load):
     with pytest.raises(VersionError):
         handle.infer(X, version=999)
     assert under_load.status()["epoch"] == before["epoch"]
+
+
+def test_the_rest_of_a_handle(under_load):
+    first, second, third = (under_load.refit() for _ in range(3))
+    held = under_load.handle.infer(X, version=second.version)
+    assert (float(held["y"][0, 0]) / 2, held.version) == (under_load.scales[second.version], second.version)
+    assert list(under_load.handle.infer(X, ["y"])) == ["y"]
+
+    async def several():
+        asked = (under_load.handle.infer_async(X, fence=third.target.epoch) for _ in range(6))
+        return await asyncio.gather(*asked)
+
+    assert {answer.version for answer in asyncio.run(several())} == {third.version}
+    under_load.handle.forget(second.version)
+    with pytest.raises(VersionError):
+        under_load.handle.infer(X, version=second.version)
+    with pytest.raises(VersionError):
+        under_load.handle.rollback(second.version)
+    with pytest.raises(VersionError):
+        under_load.handle.forget(third.version)
+    under_load.handle.rollback(first.version)
+    outcome = under_load.handle.outcome(third.transaction)
+    assert outcome is not None
+    assert outcome.version == third.version
+    assert under_load.handle.outcome("never heard of") is None
+    partial = {"b": np.full(4, 0, np.float32)}
+    report = under_load.handle.refit(partial, partial=True)
+    assert report.changed == ("b",)
+    under_load.scales[report.version] = under_load.scales[first.version] / 2
 
 
 # Who is killed, where, and whether what the client asked for is decided by then.
