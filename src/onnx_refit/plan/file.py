@@ -4,7 +4,7 @@ Weights are tensors named ``weights/NAME`` in their own dtype and shape. Graphs 
 ``plan/…``. The header's metadata says what it is:
 
     format            "onnx-refit plan"
-    format_version    "1"
+    format_version    "2"
     manifest          JSON: producer, engine, fingerprints, tables, the sha256 of every section and weight
     manifest_sha256   of the text of the manifest
 
@@ -38,7 +38,7 @@ from onnx_refit.weights.sources.safetensors import SafetensorsSource
 from onnx_refit.weights.write import write_safetensors
 
 FORMAT = "onnx-refit plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIX = ".plan"
 
 _WEIGHT = "weights/"
