@@ -159,3 +159,59 @@ def test_a_group_of_all_devices() -> None:
         for member, part in zip(group._members, held.members, strict=True):
             assert same(member.run(part, x)["y"], wanted(mlp(), values, x)[0])
     group.close()
+
+
+def test_onnx_runtime_runs_the_network_where_it_has_cuda() -> None:
+    from onnx_refit.engine.cuda import ortnetwork
+    from onnx_refit.engine.cuda.choice import candidates
+
+    if not ortnetwork.available("cuda:0"):
+        pytest.skip("the installed onnxruntime has no CUDA")
+    compilation = compile_model(mlp())
+    options = CudaOptions(graph_after=1)
+    way = next(way for way in candidates(compilation.compiled, "cuda:0", options) if way.runner == "onnxruntime")
+    backend = CudaBackend(compilation.compiled, "cuda:0", options, way)
+    weights, x = {name: np.array(array) for name, array in compilation.weights.items()}, rows(3)
+    for seed in range(3):
+        values = random_like(weights, seed)
+        assert same(backend.run(backend.derive(values), x)["y"], wanted(mlp(), values, x)[0])
+
+
+def test_bound_and_mapped_tensors_and_host_arrays_make_the_same_weights() -> None:
+    """Copies by kernels, by copy engines and through buffers; formulas by kernels and by the program."""
+    from .test_together import normalised
+
+    for model in (mlp(), normalised()):
+        backend, weights = made(model)
+        there = {name: torch.from_numpy(array).cuda() for name, array in weights.items()}
+        pinned = {name: torch.from_numpy(array).pin_memory() for name, array in weights.items()}
+        offset = {name: torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:] for name, tensor in there.items()}
+        unaligned = {name: tensor.view(there[name].shape) for name, tensor in offset.items()}
+        sets = [backend.derive(given) for given in (weights, there, pinned, backend.bind(there), unaligned)]
+        for name in backend._layout.slots:
+            assert all(torch.equal(sets[0].view(name), one.view(name)) for one in sets[1:])
+        names = frozenset(list(weights)[:1])
+        part = backend.derive({n: there[n] for n in backend.required(names)}, sets[0], names)
+        assert all(torch.equal(sets[0].view(name), part.view(name)) for name in backend._layout.slots)
+
+
+def test_a_whole_transaction_from_device_tensors() -> None:
+    import onnx_refit
+    from onnx_refit.engine.registry import EngineOptions
+    from onnx_refit.errors import RefitRejectedError
+
+    plan = onnx_refit.build(mlp(), engine="cuda", options=onnx_refit.BuildOptions(specialise=False))
+    assert plan.weights is not None
+    weights, x = dict(plan.weights), rows(3)
+    with onnx_refit.load(plan, options=EngineOptions(cuda=CudaOptions(measure=False))) as engine:
+        values = random_like(weights, 3)
+        there = {name: torch.from_numpy(array).cuda() for name, array in values.items()}
+        assert set(engine.refit(there).changed) == set(weights)
+        assert same(engine.run(x)["y"], wanted(mlp(), values, x)[0])
+        assert engine.refit(there).changed == ()
+        there["w1"][3, 2] = float("nan")
+        with pytest.raises(RefitRejectedError, match=r"\[3, 2\]"):
+            engine.refit(there)
+        assert same(engine.run(x)["y"], wanted(mlp(), values, x)[0])
+        read = engine.weights()
+        assert all(np.array_equal(read.read(name), values[name]) for name in values)

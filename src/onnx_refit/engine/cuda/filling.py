@@ -35,6 +35,8 @@ class Bound(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor], filler: Filler) -> None:
         self._tensors = dict(tensors)
+        # Memory that a tensor leaves stays readable, so that kernels may start before its address is asked for.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors.values()]
         self.filler = filler
         self.copied = [self._tensors[name] for name in filler.copied]
         self.computed = [self._tensors[name] for name in filler.computed_from]
@@ -81,6 +83,8 @@ class Filler:
         found = formulas(compiled) if self._kernels and real is torch.float32 else {}
         self._formulas = {name: found[name] for name in found if layout.slots[name].source is None}
         self.computed_from = sources_of(self._formulas)
+        self._rest = frozenset(layout.slots) - self._direct - self._formulas.keys()
+        self._noted: Bound | None = None  # whose addresses the tables hold
 
     def _as_it_is(self, slot: Slot) -> bool:
         return self._specs[str(slot.source)].nbytes == slot.nbytes
@@ -150,32 +154,57 @@ class Filler:
         """
         if self._kernels and arena.layout is self._layout:
             bound = sources if isinstance(sources, Bound) and sources.filler is self else None
-            if self._direct and self._copy_all(arena, sources, bound):
+            if bound is not None and self._fill_from(arena, bound):
+                return
+            if self._direct and self._copy_all(arena, sources):
                 wanted = wanted - self._direct
             if self._formulas:
-                self._compute_all(arena, sources, bound)
+                self._compute_all(arena, sources)
                 wanted = wanted - self._formulas.keys()
         if wanted:
             with torch.no_grad():
                 self._one_by_one(arena, sources, wanted)
 
-    def _copy_all(self, arena: Arena, sources: Mapping[str, Source], bound: Bound | None) -> bool:
+    def _fill_from(self, arena: Arena, bound: Bound) -> bool:
+        """Everything from bound tensors, if they are all it takes; their addresses are asked for meanwhile."""
+        if self._rest:
+            return False
+        if self._noted is bound:
+            self._enqueue(arena)
+            if self._table.has(bound.copied) and self._computed_table.has(bound.computed):
+                return True
+        self._noted = None
+        if not (self._table.note(bound.copied) and self._computed_table.note(bound.computed)):
+            return False
+        self._noted = bound
+        self._enqueue(arena)
+        return True
+
+    def _enqueue(self, arena: Arena) -> None:
+        for family in self._families:
+            family.enqueue(arena.storage)
+        self._copies.enqueue(arena.storage)
+
+    def _copy_all(self, arena: Arena, sources: Mapping[str, Source]) -> bool:
         """Copy every weight that is a copy, if they all lie on this device or all in pinned memory."""
-        values = list(map(sources.__getitem__, self.copied)) if bound is None else bound.copied
-        if bound is not None or self._table.fits(values):
+        values = list(map(sources.__getitem__, self.copied))
+        self._noted = None
+        if self._table.fits(values):
             if not self._table.note(values):
                 return False
             self._copies.enqueue(arena.storage)
             return True
         return self._pinned.enqueue(arena.storage, values)
 
-    def _compute_all(self, arena: Arena, sources: Mapping[str, Source], bound: Bound | None) -> None:
+    def _compute_all(self, arena: Arena, sources: Mapping[str, Source]) -> None:
         """Compute every weight that is a formula, by one kernel a formula."""
-        values = list(map(sources.__getitem__, self.computed_from)) if bound is None else bound.computed
-        table = self._computed_table
-        if not ((bound is not None or table.fits(values)) and table.note(values)):
-            table.note(self._staged(values))
-        for family in self._families:
+        values = list(map(sources.__getitem__, self.computed_from))
+        table, found = self._computed_table, self._families
+        self._noted = None
+        if not (table.fits(values) and table.note(values)):
+            values = self._staged(values)  # held until the kernels that read it are enqueued
+            table.note(values)
+        for family in found:
             family.enqueue(arena.storage)
 
     def _staged(self, values: Sequence[Source]) -> list[Tensor]:

@@ -57,8 +57,14 @@ class Table:
         # Loops in C where possible: this is what a refit of many small tensors consists of.
         return (
             set(map(type, tensors)) <= _TENSORS
-            and list(map(_DTYPE, tensors)) == self._dtypes
             and set(map(torch.Tensor.get_device, tensors)) <= self._devices
+            and self.shaped(tensors)
+        )
+
+    def shaped(self, tensors: Sequence[Any]) -> bool:
+        """Whether these tensors are dense, of the expected dtypes and shapes, wherever they are."""
+        return (
+            list(map(_DTYPE, tensors)) == self._dtypes
             and False not in map(torch.Tensor.is_contiguous, tensors)
             and list(map(_SHAPE, tensors)) == self._shapes
         )
@@ -73,6 +79,10 @@ class Table:
             self._there = torch.from_numpy(table.view(np.int64)).to(self.device)
             self._pointers = pointers
         return True
+
+    def has(self, tensors: Sequence[Any]) -> bool:
+        """Whether the addresses of these are the ones noted last."""
+        return list(map(torch.Tensor.data_ptr, tensors)) == self._pointers
 
     @property
     def address(self) -> int:

@@ -66,7 +66,7 @@ class Runner:
         Returns:
             Output name -> new tensor on the device, of the declared dtype, finished.
         """
-        with self._lock, torch.no_grad():
+        with self._lock:
             if True in [tensor.is_cuda for tensor in inputs.values()]:
                 self._own.follow_current()
             with self._own:
@@ -86,7 +86,7 @@ class Runner:
     ) -> dict[str, Array]:
         """The same from host to host: inputs travel in one copy, outputs as soon as they are computed."""
         tensors = {spec.name: to_input(spec, inputs[spec.name]) for spec in self._compiled.inputs}
-        with self._lock, torch.no_grad(), self._own:
+        with self._lock, self._own:
             self._switch(weights)
             recording, fitted = self._recording(tensors)
             if recording is None:
@@ -168,7 +168,7 @@ class Runner:
             outputs: Mapping[str, Tensor] = self._lowered.run({**given, **self.live.views}, moved)
             return outputs
 
-        with exact_products(torch, self._options.precision, tune=True), tuning.allowed():
+        with torch.no_grad(), exact_products(torch, self._options.precision, tune=True), tuning.allowed():
             return record(compute, static, self.device, packed)
 
     def _replay(self, recording: Recording, inputs: Mapping[str, Tensor]) -> None:
@@ -211,7 +211,7 @@ class Runner:
         given = {
             spec.name: inputs[spec.name].to(self.device, self._input_dtype(spec)) for spec in self._compiled.inputs
         }
-        with exact_products(torch, self._options.precision):
+        with torch.no_grad(), exact_products(torch, self._options.precision):
             results = self._lowered.run({**given, **self.live.views})
         return {name: self._declared(name, results[name], copy=True) for name in outputs}
 
@@ -235,9 +235,9 @@ def _own_array(tensor: Tensor) -> Array:
 
 def to_input(spec: TensorSpec, value: Any) -> Tensor:
     """An input as a tensor where it lies; EngineError for a dtype that PyTorch lacks."""
-    dtype = torch_dtype(spec.dtype, spec.name)
     if isinstance(value, torch.Tensor):
-        return value
+        return value.detach() if value.requires_grad else value
+    dtype = torch_dtype(spec.dtype, spec.name)
     if hasattr(value, "__dlpack__") and not hasattr(value, "flags"):
         return torch.from_dlpack(value)
     if dtype is torch.bfloat16:

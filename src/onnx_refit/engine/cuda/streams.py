@@ -30,6 +30,7 @@ class OwnStream:
 
     def __init__(self, device: Any) -> None:
         self.stream: Any = torch.cuda.Stream(device, priority=_HIGH) if device.type == "cuda" else None
+        self._default: Any = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self._device = device
         self._events: list[Any] = []
         self._before: tuple[int, int, int] = (0, 0, 0)
@@ -68,7 +69,9 @@ class OwnStream:
     def follow_current(self) -> None:
         """Let the stream wait for what the caller has enqueued on its own current stream."""
         if self.stream is not None:
-            current = torch.cuda.current_stream(self._device)
+            current = self._default
+            if torch._C._cuda_getCurrentStream(self._device.index)[0] != current.stream_id:
+                current = torch.cuda.current_stream(self._device)
             if not current.query():  # asking costs a tenth of waiting
                 self.stream.wait_stream(current)
 
