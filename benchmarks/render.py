@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import geometric_mean
+from benchmarks.render_serving import serving_tables
 from onnx_refit.files import write_text
 
 
@@ -23,12 +24,16 @@ def render(results: Path, readme: Path, docs: Path) -> None:
         text = _replace(text, "growth", growth_table(data))
         _plot_growth(data, docs / "growth.svg")
     write_text(readme, text)
+    if (results / "serving.json").exists():
+        page = docs / "serving.md"
+        tables = serving_tables(json.loads((results / "serving.json").read_text()))
+        write_text(page, _replace(page.read_text(encoding="utf-8"), "serving", tables))
 
 
 def _replace(text: str, name: str, body: str) -> str:
     start, stop = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     if start not in text or stop not in text:
-        raise SystemExit(f"the README lacks the markers {start} and {stop}")
+        raise SystemExit(f"the page lacks the markers {start} and {stop}")
     head, _, rest = text.partition(start)
     _, _, tail = rest.partition(stop)
     return f"{head}{start}\n{body}\n{stop}{tail}"

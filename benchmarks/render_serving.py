@@ -1,0 +1,99 @@
+"""The tables of docs/serving.md, made from the result file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+OURS = "onnx-refit"
+_FORMS = {
+    "json": "REST, JSON",
+    "binary": "REST, binary tensors",
+    "grpc": "gRPC",
+}
+
+
+def serving_tables(data: Mapping[str, Any]) -> str:
+    """Throughput and latency beside the peers, and under commits, as Markdown."""
+    about = data["machine"]
+    peers = ", ".join(f"{name} {version}" for name, version in data["peers"].items())
+    lines = [
+        f"Measured on {about['cores']} cores of {about['processor']}, which the load generator shares; Python "
+        f"{about['python']}; {peers}. Requests/s, p50 / p99 in ms; in bold the best peer's requests/s.",
+    ]
+    for case in data["cases"].values():
+        for form, by_clients in case["forms"].items():
+            quiet = f"{case['rounds']} rounds, load before {case['load_before']:.1f}"
+            lines.append(f"\n{case['title']}, {_FORMS[form]} ({quiet}):\n")
+            lines.append(_table(by_clients))
+    if "commits" in data:
+        lines += ["", _commits(data["commits"])]
+    return "\n".join(lines)
+
+
+def _table(by_clients: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    counts = list(by_clients)
+    names = list(next(iter(by_clients.values())))
+    best = {count: _best(by_clients[count], [name for name in names if not name.startswith(OURS)]) for count in counts}
+    rows = []
+    for name in names:
+        cells = [_cell(by_clients[count][name], bold=best[count] == name) for count in counts]
+        rows.append([name, *cells])
+    ratios = []
+    for count in counts:
+        figures = by_clients[count]
+        peer = best[count]
+        mine = max(figure["rps"] for name, figure in figures.items() if name.startswith(OURS))
+        ratios.append("–" if peer is None else f"{mine / figures[peer]['rps']:.2f}")
+    rows.append(["our better one / best peer", *ratios])
+    return _markdown(["", *(f"{count} client{'s' * (count != '1')}" for count in counts)], rows)
+
+
+def _best(figures: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str | None:
+    return max(names, key=lambda name: figures[name]["rps"], default=None)
+
+
+def _cell(figure: Mapping[str, float], *, bold: bool) -> str:
+    rate = f"{figure['rps']:.0f}"
+    failed = f" ({figure['failed']:.0f} failed)" if figure["failed"] else ""
+    return f"{f'**{rate}**' if bold else rate}, {_ms(figure['p50'])} / {_ms(figure['p99'])}{failed}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
+
+
+def _commits(data: Mapping[str, Any]) -> str:
+    rows = []
+    for count, figures in data["clients"].items():
+        ratios = figures["p99_over_idle_rounds"]
+        rows.append(
+            [
+                count,
+                f"{_ms(figures['idle_p50'])} / {_ms(figures['idle_p99'])}",
+                f"{_ms(figures['p50'])} / {_ms(figures['p99'])}",
+                f"**{figures['p99_over_idle']:.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                f"{figures['near_share']:.0%}, {_ms(figures['near_p99'])}",
+                f"{figures['failed']:.0f}",
+            ]
+        )
+    head = (
+        f"New weights of 8 MB uploaded, checked and committed every second ({data['pushes']} times, "
+        f"{data['push_seconds'] * 1e3:.0f} ms each, the pushing client on the same cores; load before "
+        f"{data['load_before']:.1f}). Idle are the requests of "
+        "the same run that do not fall into a push or the 0.1 s after it; p50 / p99 in ms:\n\n"
+    )
+    columns = [
+        "clients",
+        "idle",
+        "all, with a commit every second",
+        "p99 over idle (rounds)",
+        "share near a push, their p99",
+        "failed",
+    ]
+    return head + _markdown(columns, rows)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows)
