@@ -1,4 +1,4 @@
-"""The engine on one or more NVIDIA GPUs, through PyTorch and CUDA graphs.
+"""The engine on one or more NVIDIA GPUs, through PyTorch, CUDA graphs and kernels of our own.
 
-Everything here also runs on ``device="cpu"``, which is how it is tested; on a GPU it was **not run** yet.
+Everything but the kernels also runs on ``device="cpu"``, which is how it is tested without a GPU.
 """

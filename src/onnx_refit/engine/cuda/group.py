@@ -96,6 +96,10 @@ class CudaGroup:
         """A source weight read back from the first device."""
         return self._members[0].recover(_own(weights).members[0], name)
 
+    def bind(self, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See ``CudaBackend.bind``: tensors of the first device."""
+        return self._members[0].bind(tensors)
+
     def holds(self, values: Mapping[str, object]) -> bool:
         """See ``InPlace.holds``: on the first device."""
         return self._members[0].holds(values)

@@ -2,7 +2,7 @@
 
 It has the interface of ``lowering.program.Lowered``, so requests, weights and refits are the same. Outputs go through
 the host (ONNX Runtime's Python package shares device outputs with no other library), and ONNX Runtime is waited for.
-On the CPU device it runs ONNX Runtime's CPU provider, which is how it is tested; with CUDA it was **not run**.
+On the CPU device it runs ONNX Runtime's CPU provider, which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
