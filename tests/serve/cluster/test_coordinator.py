@@ -278,6 +278,20 @@ def test_an_old_copy_of_the_store_is_followed_and_epochs_still_grow(play, world)
     play(story)
 
 
+def test_a_replica_that_does_not_discard_is_ended(play):
+    async def story(world):
+        world.living[0].faults["Discard"] = "deaf"
+        world.kill_at = "prepared"
+        with pytest.raises(Killed):
+            await world.refit(2.0)
+        world.start()
+        await world.coordinator.settle()
+        assert len(world.living) == 2
+        await all_is_well(world, 1, 1.0)
+
+    play(story)
+
+
 def test_a_late_report_of_a_later_epoch_takes_all_along(play):
     async def story(world):
         await world.refit(2.0)

@@ -50,7 +50,11 @@ class Settler:
         target = self._book.target
         decided, prepared = self._book.transaction, result.state.prepared
         if prepared is not None and prepared != decided:
-            await self._roster.ask(name, Discard(prepared), self._patience.publish)
+            discarded = await self._roster.ask(name, Discard(prepared), self._patience.publish)
+            if not isinstance(discarded, Reply):
+                # It has just said where it stands, and does not even do this.
+                await self._roster.end(name)
+                return
         if result.state.target != target:
             publish = Publish(decided, target)
             await self.brought(name, await self._roster.ask(name, publish, self._patience.publish), target)
