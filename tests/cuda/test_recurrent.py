@@ -240,10 +240,13 @@ def compiled(file: str, name: str, architecture: str) -> str:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_the_kernels_on_a_gpu(kind: str) -> None:
+@pytest.mark.parametrize("clusters", [True, False])
+def test_the_kernels_on_a_gpu(kind: str, clusters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every direction and state against the loop, in all dtypes."""
     if not torch.cuda.is_available() or not kernels.available():
         pytest.skip("no GPU, or no CuPy")
+    if not clusters:
+        monkeypatch.setattr(persistent, "_HOPPER", 1000)
     attributes = {"linear_before_reset": 1} if kind == "GRU" else {}
     for direction, extras in itertools.product(("forward", "reverse", "bidirectional"), (("b",), ("b", "h", "c"), ())):
         proto, feeds = model(kind, direction, extras, **attributes)
@@ -253,3 +256,40 @@ def test_the_kernels_on_a_gpu(kind: str) -> None:
             wanted = Lowered(proto, "cuda:0", dtype, recurrent="loop").run(values)
             for name, expected in wanted.items():
                 torch.testing.assert_close(got[name], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize(
+    ("hidden", "batch", "time"), [(256, 1, 7), (100, 1, 200), (100, 16, 9), (100, 64, 5), (9, 3, 1)]
+)
+def test_clusters_of_every_width_on_a_gpu(kind: str, hidden: int, batch: int, time: int) -> None:
+    """Sequences that are spread over 8, 4 and 2 blocks, and one of a single step."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9 or not kernels.available():
+        pytest.skip("no GPU with clusters, or no CuPy")
+    gates = {"LSTM": 4, "GRU": 3}[kind] * hidden
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda") / hidden**0.5
+
+    form = recurrent.Form(
+        kind=kind,
+        x=draw(time, batch, 24) * 8,
+        w=draw(2, gates, 24),
+        r=draw(2, gates, hidden),
+        b=draw(2, 2 * gates),
+        lengths=None,
+        h=draw(2, batch, hidden),
+        c=draw(2, batch, hidden) if kind == "LSTM" else None,
+        p=None,
+        hidden=hidden,
+        reversed=(False, True),
+        activations=(("sigmoid", "tanh", "tanh") if kind == "LSTM" else ("sigmoid", "tanh"),) * 2,
+        clip=None,
+        coupled=False,
+        linear_before_reset=True,
+    )
+    assert persistent.can_run(form)
+    for got, wanted in zip(persistent.run(form), recurrent.run_loop(form), strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
