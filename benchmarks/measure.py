@@ -16,6 +16,7 @@ import numpy as np
 from onnx_refit.tensors import Array
 
 Clock = Callable[[], float]
+_REST = 0.04  # seconds
 
 
 def once(call: Callable[[], object]) -> float:
@@ -30,13 +31,16 @@ def race(calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, see
 
     Each round gives one figure a call: the median of a few repetitions. So a figure of one call has a partner of every
     other call, taken within the same fraction of a second: their ratio does not see the machine's slow drift.
+
+    Before each figure there is a pause: the threads of the rival that ran last go on turning for up to 30 ms, and with
+    as many threads as cores whoever came next would be measured beside them.
     """
     for call in calls.values():
         call()
         call()
     each = sum(once(call) for call in calls.values()) / len(calls)
     repeats = max(3, min(30, int(0.03 / max(each, 1e-9))))
-    rounds = max(9, min(61, int(seconds / max(1e-9, each * (repeats + 1) * len(calls)))))
+    rounds = max(9, min(61, int(seconds / ((each * (repeats + 1) + _REST) * len(calls)))))
     order = list(calls)
     rng = np.random.default_rng(seed)
     figures: dict[str, list[float]] = {name: [] for name in calls}
@@ -47,6 +51,7 @@ def race(calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, see
             rng.shuffle(order)
             for name in order:
                 call = calls[name]
+                time.sleep(_REST)
                 call()  # each call warms its own caches again after its rivals
                 figures[name].append(statistics.median(once(call) for _ in range(repeats)))
     finally:
