@@ -133,7 +133,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     packages = sorted({server.package for server in SERVERS if server.package is not None})
     pythons = {} if options.peers is None else make_environments(options.peers.absolute(), packages)
-    kept = json.loads(options.output.read_text()) if options.parts and options.output else {}
+    there = options.output is not None and options.output.exists()
+    kept = json.loads(options.output.read_text()) if options.parts and there else {}
     result = {"machine": machine(), "peers": versions(pythons) or kept.get("peers", {}), "cases": kept.get("cases", {})}
     result |= {"commits": kept["commits"]} if "commits" in kept else {}
     for name in options.parts or parts:
