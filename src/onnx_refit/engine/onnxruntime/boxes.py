@@ -55,7 +55,10 @@ def _box(numbers: Numbers, begin: int, name: str, start: int) -> tuple[Piece, in
             break
         count = _run(rows[:, 0] == rows[0, 0] + step * np.arange(len(rows), dtype=np.int64))
         moved = rows[0] + step * np.arange(count, dtype=np.int64)[:, None]
-        count = _run((rows[:count] == np.where(rows[0] == PADDING, PADDING, moved)).all(axis=1))
+        padded = rows[0] == PADDING
+        # A step down from number 0 looks like padding, which it is not.
+        same = (rows[:count] == np.where(padded, PADDING, moved)) & ((rows[:count] == PADDING) == padded)
+        count = _run(same.all(axis=1))
         if count < 2:
             break
         dims.append(count)
