@@ -325,10 +325,12 @@ def test_boxes_give_back_any_arrangement(data: st.DataObject) -> None:
     np.testing.assert_array_equal(evaluate(recipe, tensors.__getitem__), numbers + 1)
 
 
-def test_padding_is_not_taken_for_a_step_below_number_zero() -> None:
+@pytest.mark.parametrize("listed", [[45, 30, 14, PADDING], [5, 2, PADDING]])
+def test_padding_is_not_taken_for_a_step_below_number_zero(listed: list[int]) -> None:
+    """14 - 15 and 2 - 3 are -1, which is how padding is written."""
     numbering = Numbering.of([TensorSpec("t0", "float32", (1,)), TensorSpec("t1", "float32", (45,))])
-    numbers = np.array([45, 30, 14, PADDING], np.int64)  # 14 - 15 is -1, which is how padding is written
-    recipe = boxes(TensorSpec("p", "float32", (4,)), numbers, numbering)
+    numbers = np.array(listed, np.int64)
+    recipe = boxes(TensorSpec("p", "float32", (len(listed),)), numbers, numbering)
     assert recipe is not None
     tensors: dict[str, Array] = {"t0": np.ones(1, np.float32), "t1": np.arange(2, 47, dtype=np.float32)}
     np.testing.assert_array_equal(evaluate(recipe, tensors.__getitem__), numbers + 1)

@@ -44,8 +44,9 @@ def boxes(spec: TensorSpec, numbers: Numbers, numbering: Numbering) -> Recipe | 
 
 def _box(numbers: Numbers, begin: int, name: str, start: int) -> tuple[Piece, int]:
     """The largest box that begins with the first number, and how many elements it and its padding take."""
-    steps = np.diff(numbers[: 1 << 16])
-    count = 1 + (_run(steps == steps[0]) if len(steps) and numbers[1] != PADDING else 0)
+    head = numbers[: 1 << 16]
+    steps = np.diff(head[: _run(head != PADDING)])
+    count = 1 + (_run(steps == steps[0]) if len(steps) else 0)
     dims, strides, pitches = [count], [int(numbers[1] - numbers[0]) if count > 1 else 0], [1]
     length = count + _run(numbers[count:] == PADDING)
     while 2 * length <= len(numbers):
