@@ -195,16 +195,7 @@ def summary(data: dict[str, Any], groups: list[dict[str, Any]]) -> str:
                     f"{case['under refits']['p99 over idle']:.2f}" if first else "",
                 ]
             )
-    columns = [
-        "model",
-        "input",
-        "ours",
-        "over the best peer",
-        "refit on the device",
-        "over a copy",
-        "p99 under refits / idle",
-    ]
-    return _table(columns, rows)
+    return _table(SUMMARY, rows)
 
 
 if __name__ == "__main__":
