@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= out
 
-.PHONY: help demo test test-all test-serve test-ray lint format types check-imports bench operators lock clean
+.PHONY: help demo test test-all test-serve test-ray lint format bench figures operators lock clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ format: $(VENV)/.installed-lint  ## Format the code
 
 bench: $(VENV)/.installed-all  ## Measure, write benchmarks/results, and the README's tables and plots from them
 	$(BIN)/python -m benchmarks.run
+
+figures: $(VENV)/.installed-all  ## Write the tables and plots of README and docs from the committed results
+	$(BIN)/python -m benchmarks.render
 
 operators: $(VENV)/.installed-all  ## Run ONNX's tests of every operator through the engine and write docs/operators.md
 	$(BIN)/python -m tests.operators.page

@@ -1,12 +1,11 @@
-"""The tables about GPUs in docs/gpu.md and the README, from the result files (``python -m benchmarks.render_gpu``)."""
+"""The tables about GPUs in docs/gpu.md and the README, from the result files."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnx_refit.files import write_text
+from benchmarks.pages import table
 
 _SHOWN = (
     ("ours", "ours"),
@@ -37,35 +36,7 @@ _TITLES = {
 }
 
 
-def render_gpu(results: Path, readme: Path, docs: Path) -> None:
-    """Replace what stands between the markers ``bench:gpu`` of the README and of docs/gpu.md."""
-    path = results / "gpu-h200.json"
-    if not path.exists():
-        return
-    data = json.loads(path.read_text())
-    groups = [json.loads(found.read_text()) for found in sorted(results.glob("gpu-*-group.json"))]
-    page = docs / "gpu.md"
-    write_text(page, _replace(page.read_text(encoding="utf-8"), "\n\n".join([about(data), *tables(data, groups)])))
-    text = readme.read_text(encoding="utf-8")
-    if "<!-- bench:gpu -->" in text:
-        write_text(readme, _replace(text, summary(data, groups)))
-
-
-def _replace(text: str, body: str) -> str:
-    start, stop = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
-    if start not in text or stop not in text:
-        raise SystemExit(f"a page lacks the markers {start} and {stop}")
-    head, _, rest = text.partition(start)
-    _, _, tail = rest.partition(stop)
-    return f"{head}{start}\n{body}\n{stop}{tail}"
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    head = f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n"
-    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def about(data: dict[str, Any]) -> str:
+def about(data: Mapping[str, Any]) -> str:
     """What it was measured on."""
     machine = data["machine"]
     packages = machine["packages"]
@@ -79,19 +50,23 @@ def _us(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _cases(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _cases(data: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(_TITLES[name], case) for name, case in data["cases"].items() if "inference" in case]
 
 
-def session_over_refit(case: dict[str, Any]) -> float:
+def session_over_refit(case: Mapping[str, Any]) -> float:
     """The quickest new session of any peer, from weights on the host, over our refit from device memory."""
     built = case["inference"][0]["seconds to build"]
     peers = [value for name, value in built.items() if value and "tf32" not in name and "only" not in name]
     return float(min(peers) / case["refit"]["microseconds"]["refit from bound device weights"] * 1e6)
 
 
-def tables(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[str]:
-    """All GPU figures as Markdown."""
+def gpu_tables(data: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str:
+    """All GPU figures as Markdown, those of one GPU and those of groups."""
+    return "\n\n".join([about(data), *_tables(data, groups)])
+
+
+def _tables(data: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> list[str]:
     inference, halves, refits = [], [], []
     for title, case in _cases(data):
         for row in case["inference"]:
@@ -128,14 +103,11 @@ def tables(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[str]:
     billion = large["parameters"] / 1e9
     made = [
         "Inference in float32 without TF32; inputs and outputs lie on the device and are the caller's own:",
-        _table(["model", "input", *(title for _, title in _SHOWN), "over the best"], inference),
+        table(["model", "input", *(title for _, title in _SHOWN), "over the best"], inference),
         "Other precisions, our network through TorchInductor, and from NumPy to NumPy; errors against the CPU:",
-        _table(
-            ["model", "input", "tf32", "torch graph, tf32", "bf16", "Inductor", "NumPy", "error fp32", "error tf32"],
-            halves,
-        ),
+        table(HALVES, halves),
         "Refit of all weights, waited for; in brackets over a plain copy of the same bytes from the same place:",
-        _table(
+        table(
             [
                 "model",
                 "weights, tensors",
@@ -169,15 +141,11 @@ def tables(data: dict[str, Any], groups: list[dict[str, Any]]) -> list[str]:
                 ]
             )
         made.append("Groups (a full refit from tensors on the first GPU, on all GPUs when it returns):")
-        made.append(
-            _table(
-                ["GPUs", "weights", "NCCL broadcast alone", "our refit", "share of the bandwidth", "by copies"], rows
-            )
-        )
+        made.append(table(GROUPS, rows))
     return made
 
 
-def summary(data: dict[str, Any], groups: list[dict[str, Any]]) -> str:
+def summary(data: Mapping[str, Any]) -> str:
     """The README's table."""
     rows = []
     for title, case in _cases(data):
@@ -195,8 +163,4 @@ def summary(data: dict[str, Any], groups: list[dict[str, Any]]) -> str:
                     f"{case['under refits']['p99 over idle']:.2f}" if first else "",
                 ]
             )
-    return _table(SUMMARY, rows)
-
-
-if __name__ == "__main__":
-    render_gpu(Path("benchmarks/results"), Path("README.md"), Path("docs"))
+    return table(SUMMARY, rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.pages import table
+
 OURS = "onnx-refit"
 _FORMS = {
     "json": "REST, JSON",
@@ -46,7 +48,7 @@ def _table(by_clients: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         mine = max(figure["rps"] for name, figure in figures.items() if name.startswith(OURS))
         ratios.append("–" if peer is None else f"{mine / figures[peer]['rps']:.2f}")
     rows.append(["our better one / best peer", *ratios])
-    return _markdown(["", *(f"{count} client{'s' * (count != '1')}" for count in counts)], rows)
+    return table(["", *(f"{count} client{'s' * (count != '1')}" for count in counts)], rows)
 
 
 def _best(figures: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str | None:
@@ -91,9 +93,37 @@ def _commits(data: Mapping[str, Any]) -> str:
         "share near a push, their p99",
         "failed",
     ]
-    return head + _markdown(columns, rows)
+    return head + table(columns, rows)
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
-    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def cluster_table(data: Mapping[str, Any]) -> str:
+    """Refits of all replicas of a Ray cluster, and what requests feel of them, as Markdown."""
+    rows = []
+    for case in data["cases"]:
+        phases, quiet, under = case["phases_seconds"], case["quiet_ms"], case["during_refits_ms"]
+        rows.append(
+            [
+                f"{case['megabytes']:.0f} MB",
+                f"{case['refit_seconds']:.2f} s",
+                f"{phases['prepare']:.2f} s",
+                f"{phases['decide']:.2f} s",
+                f"{phases['publish'] * 1e3:.0f} ms",
+                f"{quiet['p50']:.1f} / {quiet['p99']:.0f}",
+                f"{under['p50']:.1f} / {under['p99']:.0f}",
+            ]
+        )
+    head = (
+        f"{data['nodes']} nodes' processes on one machine of {data['machine']['cores']} cores, {data['replicas']} "
+        f"replicas, two clients asking; Ray {data['ray']}; medians of {data['refits']} refits; p50 / p99 of requests "
+        "in ms:\n\n"
+    )
+    columns = [
+        "weights",
+        "refit",
+        "of it staging",
+        "the durable write",
+        "old and new answers",
+        "requests, quiet",
+        "requests, during refits",
+    ]
+    return head + table(columns, rows)

@@ -40,32 +40,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-growth", action="store_true")
-    parser.add_argument("--render-only", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.render_only:
-        path = RESULTS / "cpu.json"
-        results = json.loads(path.read_text()) if path.exists() and arguments.cases else {"cases": {}}
-        results["machine"] = machine()
-        for name in arguments.cases or CASES:
-            case = CASES[name]()
-            rows = []
-            for threads in arguments.threads:
-                rows.append(
-                    measure_case(
-                        case,
-                        threads,
-                        peers_too=not arguments.no_peers and threads == min(arguments.threads),
-                        seconds=arguments.seconds,
-                    )
+    path = RESULTS / "cpu.json"
+    results = json.loads(path.read_text()) if path.exists() and arguments.cases else {"cases": {}}
+    results["machine"] = machine()
+    for name in arguments.cases or CASES:
+        case = CASES[name]()
+        rows = []
+        for threads in arguments.threads:
+            rows.append(
+                measure_case(
+                    case,
+                    threads,
+                    peers_too=not arguments.no_peers and threads == min(arguments.threads),
+                    seconds=arguments.seconds,
                 )
-                print(json.dumps(rows[-1]), flush=True)
-            results["cases"][name] = {"rows": rows, "memory": memory_of(case.model)}
-            print(name, results["cases"][name]["memory"], flush=True)
-            write_text(path, json.dumps(results, indent=1) + "\n")
-        if not arguments.no_growth and not arguments.cases:
-            figures = {"machine": machine(), "by_bytes": growth.by_bytes(), "by_tensors": growth.by_tensors()}
-            write_text(RESULTS / "growth.json", json.dumps(figures, indent=1) + "\n")
-    render(RESULTS, Path("README.md"), Path("docs"))
+            )
+            print(json.dumps(rows[-1]), flush=True)
+        results["cases"][name] = {"rows": rows, "memory": memory_of(case.model)}
+        print(name, results["cases"][name]["memory"], flush=True)
+        write_text(path, json.dumps(results, indent=1) + "\n")
+    if not arguments.no_growth and not arguments.cases:
+        figures = {"machine": machine(), "by_bytes": growth.by_bytes(), "by_tensors": growth.by_tensors()}
+        write_text(RESULTS / "growth.json", json.dumps(figures, indent=1) + "\n")
+    render()
 
 
 if __name__ == "__main__":
