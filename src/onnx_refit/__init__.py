@@ -9,15 +9,46 @@ with onnx_refit.load("model.plan") as engine:
 """
 
 from onnx_refit._version import __version__
-from onnx_refit.api import BuildOptions, EngineOptions, build, check, load, refit_plan
-from onnx_refit.compose import delta, lerp, lora
-from onnx_refit.errors import OnnxRefitError
-from onnx_refit.plan.plan import Plan
-from onnx_refit.refit.canary import Canary
-from onnx_refit.refit.check import Casting, CheckOptions, CheckReport
-from onnx_refit.refit.live import Engine, Outputs
-from onnx_refit.refit.report import RefitReport
-from onnx_refit.refit.transaction import Staged
+
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would take longer than all else here
+if TYPE_CHECKING:
+    from onnx_refit.api import BuildOptions, EngineOptions, build, check, load, refit_plan
+    from onnx_refit.compose import delta, lerp, lora
+    from onnx_refit.errors import OnnxRefitError
+    from onnx_refit.plan.plan import Plan
+    from onnx_refit.refit.canary import Canary
+    from onnx_refit.refit.check import Casting, CheckOptions, CheckReport
+    from onnx_refit.refit.live import Engine, Outputs
+    from onnx_refit.refit.report import RefitReport
+    from onnx_refit.refit.transaction import Staged
+else:
+    # Loaded when first asked for: the command line needs none of it to print its help or to be interrupted.
+    _HOMES = {
+        "api": ("BuildOptions", "EngineOptions", "build", "check", "load", "refit_plan"),
+        "compose": ("delta", "lerp", "lora"),
+        "errors": ("OnnxRefitError",),
+        "plan.plan": ("Plan",),
+        "refit.canary": ("Canary",),
+        "refit.check": ("Casting", "CheckOptions", "CheckReport"),
+        "refit.live": ("Engine", "Outputs"),
+        "refit.report": ("RefitReport",),
+        "refit.transaction": ("Staged",),
+    }
+
+    def __getattr__(name: str):  # noqa: ANN202 - hidden from type checkers, who would take any name for good
+        """What is public, from where it is defined."""
+        from importlib import import_module
+
+        for home, public in _HOMES.items():
+            if name in public:
+                found = getattr(import_module(f"onnx_refit.{home}"), name)
+                globals()[name] = found
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "BuildOptions",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import onnx_refit
-from onnx_refit.cli.main import cli, main
+from onnx_refit.cli.main import main
 from tests.support.models import mlp, mlp_input, mlp_reference, mlp_weights
 
 
@@ -33,15 +31,6 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, o
     assert main([*arguments, "--json"]) == 0
     result: dict[str, object] = json.loads(capsys.readouterr().out)
     return result
-
-
-def test_help_lists_every_command_and_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for name, command in cli.commands.items():
-        assert name in text
-        assert main([name, "--help"]) == 0
-        assert command.help
 
 
 def test_build_then_run_then_run_with_other_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,13 +323,3 @@ def test_a_read_only_directory_fails_with_one_line(place: Path, capsys: pytest.C
         assert "permission denied" in capsys.readouterr().err
     finally:
         place.chmod(0o700)
-
-
-def test_the_command_is_installed_and_ends_with_its_exit_code(place: Path) -> None:
-    run = [sys.executable, "-m", "onnx_refit.cli.main"]
-    good = subprocess.run([*run, "inspect", str(place / "mlp.plan")], capture_output=True, text=True, check=False)
-    assert good.returncode == 0
-    assert "w1" in good.stdout
-    bad = subprocess.run([*run, "inspect", str(place / "no.plan")], capture_output=True, text=True, check=False)
-    assert bad.returncode == 1
-    assert "Traceback" not in bad.stderr

@@ -1,55 +1,34 @@
-"""The command ``onnx-refit``: exit code 0 for success, 1 when the work failed, 2 for bad usage."""
+"""The command ``onnx-refit``: exit code 0 for success, 1 when the work failed, 2 for bad usage, 130 when interrupted.
+
+Nothing is imported before ``main`` runs but what Python itself has loaded: what takes time to load is loaded where an
+interrupt is caught.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
-from collections.abc import Sequence
 
-import click
-
-from onnx_refit._version import __version__
-from onnx_refit.cli.output import err
-from onnx_refit.cli.plans import build_command, inspect_command, prepare_command
-from onnx_refit.cli.running import bench_command, run_command
-from onnx_refit.cli.serving import commit_command, push_command, rollback_command, serve_command, status_command
-from onnx_refit.cli.tensorrt import check_tensorrt_command
-from onnx_refit.cli.weights import check_command, diff_command, refit_command
-from onnx_refit.errors import OnnxRefitError
-from onnx_refit.samples.bidaf.cli import bidaf
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(__version__, prog_name="onnx-refit")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
-    """Compile an ONNX model once, then replace the weights of the compiled engine in place."""
-
-
-for command in (
-    prepare_command,
-    build_command,
-    inspect_command,
-    check_command,
-    refit_command,
-    run_command,
-    diff_command,
-    bench_command,
-    serve_command,
-    push_command,
-    commit_command,
-    rollback_command,
-    status_command,
-    check_tensorrt_command,
-    bidaf,
-):
-    cli.add_command(command)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)  # noqa: T201 - while loading there may be nothing else to print with
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    import click
+
+    from onnx_refit.cli.commands import cli
+    from onnx_refit.errors import OnnxRefitError
+
     debug = "--debug" in arguments
     # Accepted anywhere on the line, as people append it to a command that has just failed.
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -59,9 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
-        return 130
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
     except BrokenPipeError:
         # The reader of our output went away; leave quietly, as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(line: str, debug: bool) -> int:
     if debug:
+        import traceback
+
         traceback.print_exc()
+    from onnx_refit.cli.output import err
+
     err().print(line, markup=False)
     return 1
 
