@@ -1,48 +1,21 @@
-"""The transaction: stage, check, derive, canary, commit, rollback, and what happens when each of them fails."""
+"""Refit, versions, stage, commit and rollback on one engine."""
 
 from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import safetensors.numpy
 
 import onnx_refit
-from onnx_refit.errors import CanaryError, EngineError, InputError, OnnxRefitError, PlanError, RefitError, VersionError
-from onnx_refit.refit.canary import run_canary
+from onnx_refit.errors import OnnxRefitError, RefitError, VersionError
 from onnx_refit.tensors import Array
-from tests.support.models import (
-    conv_bn,
-    conv_bn_weights,
-    mlp,
-    mlp_input,
-    mlp_reference,
-    mlp_weights,
-)
-
-X = mlp_input()
-
-
-@pytest.fixture(scope="module")
-def plan() -> onnx_refit.Plan:
-    return onnx_refit.build(mlp())
-
-
-@pytest.fixture
-def engine(plan: onnx_refit.Plan) -> Iterator[onnx_refit.Engine]:
-    with onnx_refit.load(plan, keep=3) as loaded:
-        yield loaded
-
-
-def answers(engine: onnx_refit.Engine, weights: dict[str, Array]) -> bool:
-    return bool(np.allclose(engine.run({"x": X})["y"], mlp_reference(weights, X), rtol=1e-4, atol=1e-4))
+from tests.refit.transaction_support import X, answers
+from tests.support.models import mlp, mlp_reference, mlp_weights
 
 
 def fresh(weights: dict[str, Array]) -> Array:
@@ -185,290 +158,6 @@ def test_a_complete_set_staged_on_an_old_version_is_taken(engine: onnx_refit.Eng
     assert answers(engine, mlp_weights(1))
 
 
-def test_the_callers_arrays_may_change_after_a_refit(engine: onnx_refit.Engine) -> None:
-    new = mlp_weights(1)
-    engine.refit(new)
-    before = engine.run({"x": X})["y"]
-    for array in new.values():
-        array[...] = 0
-    np.testing.assert_array_equal(engine.run({"x": X})["y"], before)
-    engine.refit({"b1": mlp_weights(3)["b1"]}, partial=True)
-    assert answers(engine, {**mlp_weights(1), "b1": mlp_weights(3)["b1"]})
-
-
-# ---------------------------------------------------------------- weights that are folded
-
-
-def test_folded_weights_refit_partially_and_roll_back() -> None:
-    x = np.random.default_rng(0).standard_normal((2, 3, 9, 9)).astype(np.float32)
-
-    def expected(weights: dict[str, Array]) -> Array:
-        session = ort.InferenceSession(conv_bn(weights).SerializeToString(), providers=["CPUExecutionProvider"])
-        result: Array = session.run(None, {"x": x})[0]
-        return result
-
-    with onnx_refit.load(onnx_refit.build(conv_bn())) as engine:
-        weights = conv_bn_weights(0)
-        for seed, name in enumerate(["scale", "w", "mean", "var", "bias"], start=1):
-            weights[name] = conv_bn_weights(seed)[name]
-            given = weights[name].copy()
-            engine.refit({name: given}, partial=True)
-            given[...] = np.nan  # the engine must not look at the caller's array again
-            np.testing.assert_allclose(engine.run({"x": x})["y"], expected(weights), rtol=1e-4, atol=1e-5)
-            for other, array in weights.items():
-                np.testing.assert_array_equal(engine.weights().read(other), array)
-        engine.rollback()
-        weights["bias"] = conv_bn_weights(0)["bias"]
-        np.testing.assert_allclose(engine.run({"x": x})["y"], expected(weights), rtol=1e-4, atol=1e-5)
-
-
-def test_the_arrays_given_at_load_may_change_afterwards() -> None:
-    x = np.random.default_rng(0).standard_normal((2, 3, 9, 9)).astype(np.float32)
-    given, weights = conv_bn_weights(1), conv_bn_weights(1)
-    with onnx_refit.load(onnx_refit.build(conv_bn()), weights=given) as engine:
-        fingerprint = engine.fingerprint()
-        for array in given.values():
-            array[...] = 9
-        assert engine.fingerprint() == fingerprint
-        weights["scale"] = conv_bn_weights(2)["scale"]
-        engine.refit({"scale": weights["scale"]}, partial=True)
-        session = ort.InferenceSession(conv_bn(weights).SerializeToString(), providers=["CPUExecutionProvider"])
-        np.testing.assert_allclose(engine.run({"x": x})["y"], session.run(None, {"x": x})[0], rtol=1e-4, atol=1e-5)
-
-
-def test_weights_read_back_cannot_be_used_to_change_the_engine() -> None:
-    with onnx_refit.load(onnx_refit.build(conv_bn())) as engine:
-        for name in engine.refittable:
-            array = engine.weights().read(name)
-            edited = array.copy()
-            if array.flags.writeable:
-                array[...] = 7  # a copy: the engine must not see it
-                np.testing.assert_array_equal(engine.weights().read(name), edited)
-            edited.reshape(-1)[-1] += 1.0
-            assert engine.refit({name: edited}, partial=True).changed == (name,)
-
-
-def test_a_plan_keeps_its_weights_when_the_callers_arrays_change() -> None:
-    given = mlp_weights(3)
-    plan = onnx_refit.refit_plan(onnx_refit.build(mlp()), given)
-    given["w1"][...] = 0
-    assert plan.weights is not None
-    np.testing.assert_array_equal(plan.weights["w1"], mlp_weights(3)["w1"])
-
-
-# ---------------------------------------------------------------- canary
-
-
-def test_a_canary_judges_bfloat16_as_numbers() -> None:
-    def outputs(value: float) -> dict[str, Array]:
-        return {"y": np.full(4, value, ml_dtypes.bfloat16)}
-
-    near = onnx_refit.Canary({}, {"y": np.full(4, 1.0, np.float32)}, rtol=0.1, atol=0.1)
-    assert run_canary(near, lambda _: outputs(1.05)).worst["y"] < 0.1
-    with pytest.raises(CanaryError, match="differs"):
-        run_canary(near, lambda _: outputs(2.0))
-    with pytest.raises(CanaryError, match="NaN"):
-        run_canary(near, lambda _: outputs(float("nan")))
-
-
-def test_a_good_canary_passes_and_is_timed(engine: onnx_refit.Engine) -> None:
-    new = mlp_weights(1)
-    staged = engine.stage(new)
-    result = staged.canary({"x": X}, {"y": mlp_reference(new, X)}, rtol=1e-3, atol=1e-3)
-    assert result.worst["y"] < 1e-3
-    report = staged.commit()
-    assert report.seconds["canary"] > 0
-
-
-@pytest.mark.parametrize(
-    ("canary", "message"),
-    [
-        (onnx_refit.Canary({"x": X}, {"y": np.zeros((3, 10))}), "differs from what the canary expects"),
-        (onnx_refit.Canary({"x": X}, {"y": np.zeros((2, 10))}), "the shape is"),
-        (onnx_refit.Canary({"x": X}, {"z": np.zeros((3, 10))}), "does not have"),
-        (onnx_refit.Canary({"x": X}, accept=lambda _: False), "judge refused"),
-        (onnx_refit.Canary({"x": X}, accept=lambda _: "too sure of itself"), "too sure of itself"),
-        (onnx_refit.Canary({"x": X}, accept=lambda outputs: bool(outputs["nothing"].any())), "KeyError"),
-        (onnx_refit.Canary({"x": X * np.float32(np.inf)}), "NaN or Inf"),
-    ],
-)
-def test_a_bad_canary_stops_the_refit(engine: onnx_refit.Engine, canary: onnx_refit.Canary, message: str) -> None:
-    with pytest.raises(CanaryError, match=message):
-        engine.refit(mlp_weights(1), canary=canary)
-    assert engine.version == 1
-    assert answers(engine, mlp_weights(0))
-    engine.refit(mlp_weights(1))
-    assert answers(engine, mlp_weights(1))
-
-
-def test_what_a_canary_refused_is_committed_by_force_only(engine: onnx_refit.Engine) -> None:
-    staged = engine.stage(mlp_weights(1))
-    with pytest.raises(CanaryError):
-        staged.canary({"x": X}, {"y": np.zeros((3, 10))})
-    with pytest.raises(CanaryError, match="refused these weights"):
-        staged.commit()
-    assert engine.version == 1
-    assert staged.commit(force=True).version == 2
-
-
-def test_the_last_canary_decides(engine: onnx_refit.Engine) -> None:
-    staged = engine.stage(mlp_weights(1))
-    with pytest.raises(CanaryError):
-        staged.canary({"x": X}, {"y": np.zeros((3, 10))})
-    staged.canary({"x": X}, {"y": mlp_reference(mlp_weights(1), X)}, rtol=1e-3, atol=1e-3)
-    assert staged.commit().version == 2
-
-
-# ---------------------------------------------------------------- faults, injected at every step
-
-
-class UnexpectedError(Exception):
-    """A fault nobody expects."""
-
-
-STEPS = (
-    "onnx_refit.refit.live.open_weights",
-    "onnx_refit.refit.derivation.check",
-    "onnx_refit.refit.derivation.unchanged",
-    "onnx_refit.refit.transaction.run_canary",
-    "onnx_refit.refit.live.Version",
-)
-
-
-@pytest.mark.parametrize("fault", [UnexpectedError, MemoryError, OSError, KeyboardInterrupt, EngineError])
-@pytest.mark.parametrize("step", STEPS)
-def test_a_fault_at_a_step_leaves_the_engine_as_it_was(
-    engine: onnx_refit.Engine, monkeypatch: pytest.MonkeyPatch, step: str, fault: type[BaseException]
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise fault("injected")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step, fail)
-        with pytest.raises(fault):
-            engine.refit(mlp_weights(1), canary={"x": X})
-    assert engine.version == 1
-    assert answers(engine, mlp_weights(0))
-    engine.refit(mlp_weights(2), canary={"x": X})
-    assert answers(engine, mlp_weights(2))
-
-
-@pytest.mark.parametrize("fault", [UnexpectedError, MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("method", ["derive", "required", "recover"])
-def test_a_fault_in_the_backend_leaves_the_engine_as_it_was(
-    engine: onnx_refit.Engine, monkeypatch: pytest.MonkeyPatch, method: str, fault: type[BaseException]
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise fault("injected")
-
-    given = {**mlp_weights(0), "b1": mlp_weights(1)["b1"]}
-    with monkeypatch.context() as patch:
-        patch.setattr(type(engine._backend), method, fail)
-        with pytest.raises(fault):
-            engine.refit(given)
-    assert engine.version == 1
-    assert answers(engine, mlp_weights(0))
-    engine.refit(given)
-    assert answers(engine, given)
-
-
-# ---------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"w1": None}, "w1: float32.24, 40. is missing"),
-        ({"w1": np.zeros((40, 24), np.float32)}, "looks transposed"),
-        ({"w1": np.full((24, 40), np.nan, np.float32)}, "not finite"),
-        ({"w1": np.full((24, 40), 0.1, np.float64)}, "do not fit into float32"),
-        ({"w1": np.full((24, 40), "a")}, "w1"),
-    ],
-)
-def test_bad_weights_are_refused_and_nothing_is_lost(
-    engine: onnx_refit.Engine, change: dict[str, Array | None], message: str
-) -> None:
-    given = {name: array for name, array in {**mlp_weights(1), **change}.items() if array is not None}
-    with pytest.raises(OnnxRefitError, match=message):
-        engine.refit(given)
-    assert engine.version == 1
-    assert answers(engine, mlp_weights(0))
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({}, "missing: 'x'"),
-        ({"x": X, "z": X}, "unknown: 'z'"),
-        ({"x": X.astype(np.float64)}, "float64"),
-        ({"x": X[:, :-1]}, r"the shape is \[3, 23\]"),
-        ({"x": X[0]}, r"the shape is \[24\]"),
-    ],
-)
-def test_bad_inputs_are_refused(engine: onnx_refit.Engine, inputs: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        engine.run(inputs)
-
-
-def test_an_unknown_output_is_refused(engine: onnx_refit.Engine) -> None:
-    assert list(engine.run({"x": X}, ["y"])) == ["y"]
-    with pytest.raises(InputError, match="no output 'q'"):
-        engine.run({"x": X}, ["q"])
-
-
-def test_a_closed_engine_says_so(plan: onnx_refit.Plan) -> None:
-    engine = onnx_refit.load(plan)
-    engine.close()
-    engine.close()
-    for use in (lambda: engine.run({"x": X}), lambda: engine.refit(mlp_weights(1)), engine.rollback):
-        with pytest.raises(EngineError, match="closed"):
-            use()
-
-
-def test_a_stripped_plan_needs_weights(tmp_path: object, plan: onnx_refit.Plan) -> None:
-    path = plan.save(f"{tmp_path}/stripped.plan", strip=True)
-    with pytest.raises(PlanError, match="stripped"):
-        onnx_refit.load(path)
-    with onnx_refit.load(path, weights=mlp_weights(4)) as engine:
-        assert answers(engine, mlp_weights(4))
-
-
-def test_there_is_no_such_engine() -> None:
-    with pytest.raises(EngineError, match="no engine 'abacus'"):
-        onnx_refit.build(mlp(), engine="abacus")
-
-
-def test_a_plan_without_weights_says_so(plan: onnx_refit.Plan) -> None:
-    fixed = onnx_refit.build(mlp(), options=onnx_refit.BuildOptions(constant=("w1", "b1", "w2", "b2")))
-    with onnx_refit.load(fixed) as engine, pytest.raises(RefitError, match="no refittable weights"):
-        engine.refit(mlp_weights(1))
-    with pytest.raises(PlanError, match="no refittable weights"):
-        onnx_refit.check(fixed, mlp_weights(1))
-
-
-def test_a_changed_constant_is_not_ignored() -> None:
-    def scaled(factor: float, seed: int) -> onnx.ModelProto:
-        model = mlp(mlp_weights(seed))
-        model.graph.node[2].CopyFrom(onnx.helper.make_node("Mul", ["b", "factor"], ["c"]))
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), "factor"))
-        return model
-
-    with onnx_refit.load(onnx_refit.build(scaled(1.5, 0))) as engine:
-        assert engine.refit(scaled(1.5, 1)).version == 2
-        with pytest.raises(RefitError, match="factor: it is constant in this plan"):
-            engine.refit(scaled(2.5, 2))
-        assert engine.version == 2
-    assert not onnx_refit.check(onnx_refit.build(scaled(1.5, 0)), scaled(2.5, 0)).ok
-    named = onnx_refit.build(scaled(1.5, 0), options=onnx_refit.BuildOptions(refittable=("factor",)))
-    with onnx_refit.load(named) as engine:
-        assert engine.refit(scaled(2.5, 0)).changed == ("factor",)
-
-
-def test_partial_and_options_go_together(engine: onnx_refit.Engine) -> None:
-    given = {"b1": mlp_weights(1)["b1"]}
-    assert engine.refit(given, onnx_refit.CheckOptions(), partial=True).changed == ("b1",)
-
-
 def test_a_rollback_does_not_wait_for_a_refit_being_staged(
     engine: onnx_refit.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,14 +179,6 @@ def test_a_rollback_does_not_wait_for_a_refit_being_staged(
         assert answers(engine, mlp_weights(0))
         go_on.set()
         thread.join()
-
-
-def test_unknown_keep_is_refused(plan: onnx_refit.Plan) -> None:
-    with pytest.raises(EngineError, match="keep"):
-        onnx_refit.load(plan, keep=0)
-
-
-# ---------------------------------------------------------------- many threads
 
 
 def test_no_answer_is_torn_while_refits_commit(plan: onnx_refit.Plan) -> None:
