@@ -28,7 +28,7 @@ from onnx_refit.errors import OnnxRefitError
 from onnx_refit.weights.open import open_path
 from onnx_refit.weights.source import read_all
 from onnx_refit.weights.sources.safetensors import SafetensorsSource
-from tests.weights.test_sources import onnx_model
+from tests.weights.source_support import onnx_model
 
 COUNT = int(os.environ.get("ONNX_REFIT_FUZZ", "1500"))
 ARRAYS: dict[str, Any] = {
