@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from onnx_refit.engine.registry import DEFAULT_ENGINE, EngineOptions, create_backend, require_engine
+from onnx_refit.engine.registry import DEFAULT_ENGINE, EngineOptions, require_engine, specialised
 from onnx_refit.errors import ModelError, UnsupportedModelError, WeightsError
 from onnx_refit.model.load import load_model
 from onnx_refit.model.order import SortNodes
@@ -172,8 +172,7 @@ def _specialised(plan: Plan, options: BuildOptions) -> Plan:
     """The plan with what specialising for this host gave, if that is wanted."""
     if not options.specialise:
         return plan
-    backend, artefact = create_backend(plan.engine, plan.compiled, weights=plan.weights, options=options.engine)
-    backend.close()
+    artefact = specialised(plan.engine, plan.compiled, weights=plan.weights, options=options.engine)
     return plan if artefact is None else plan.with_artefact(plan.engine, artefact)
 
 

@@ -12,6 +12,7 @@ import pytest
 from onnx_refit.engine.onnxruntime import artefact, backend
 from onnx_refit.engine.onnxruntime.backend import create
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
+from onnx_refit.errors import EngineError
 from onnx_refit.plan.compile import compile_model
 
 from .zoo import ZOO
@@ -43,6 +44,39 @@ def test_a_backend_from_an_artefact_optimises_nothing_and_answers_the_same(
     assert second.recoverable == first.recoverable
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("name", ["convolutions", "lstm", "keras"])
+def test_an_artefact_made_without_an_engine_is_what_an_engine_would_give(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = ZOO[name]()
+    compilation = compile_model(model)
+    data = artefact.make(compilation.compiled, OPTIONS)
+    first = create(compilation.compiled, None, OPTIONS)
+    monkeypatch.setattr(backend, "specialise", None)
+    second = create(compilation.compiled, None, OPTIONS, data)
+    one, two = first.derive(compilation.weights), second.derive(compilation.weights)
+    assert one.full_speed.wait(60) and two.full_speed.wait(60)
+    for a, b in zip(first.run(one, inputs).values(), second.run(two, inputs).values(), strict=True):
+        assert np.array_equal(a, b)
+    assert second.recoverable == first.recoverable
+    first.close()
+    second.close()
+
+
+def test_a_build_refuses_what_the_engine_cannot_run() -> None:
+    node = onnx.helper.make_node("NoSuchOperator", ["x", "w"], ["y"], domain="nowhere")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy"]
+    weight = onnx.numpy_helper.from_array(np.ones(4, np.float32), "w")
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("nowhere", 1)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", values[:1], values[1:], [weight]), opset_imports=opsets, ir_version=9
+    )
+    compiled = compile_model(model).compiled
+    for optimise in (True, False):
+        with pytest.raises(EngineError, match="NoSuchOperator"):
+            artefact.make(compiled, OnnxRuntimeOptions(threads=1, optimise=optimise))
 
 
 def test_an_artefact_of_another_host_model_or_damaged_is_not_used() -> None:

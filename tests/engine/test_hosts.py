@@ -20,9 +20,10 @@ import onnx_refit
 from onnx_refit.engine.onnxruntime import artefact, hosts, specialise
 from onnx_refit.engine.onnxruntime.backend import create
 from onnx_refit.engine.onnxruntime.boxes import PADDING, boxes
-from onnx_refit.engine.onnxruntime.hosts import HostPool, NoHostError, proved
+from onnx_refit.engine.onnxruntime.hosts import HostPool, NoHostError
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.packed import Packed, composed, learn
+from onnx_refit.engine.onnxruntime.proof import proved
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compile import compile_model
 from onnx_refit.plan.compiled import Decision, Verdict
@@ -316,6 +317,7 @@ def test_boxes_give_back_any_arrangement(data: st.DataObject) -> None:
     else:
         drawn = data.draw(st.lists(st.integers(-1, total - 1), min_size=1, max_size=80))
         numbers = np.array(drawn, np.int64)
+    numbers = numbers.astype(data.draw(st.sampled_from([np.int32, np.int64])))
     recipe = boxes(TensorSpec("p", "float32", (len(numbers),)), numbers, numbering)
     assert recipe is not None
     tensors: dict[str, Array] = {
@@ -325,15 +327,53 @@ def test_boxes_give_back_any_arrangement(data: st.DataObject) -> None:
     np.testing.assert_array_equal(evaluate(recipe, tensors.__getitem__), numbers + 1)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("listed", [[45, 30, 14, PADDING], [5, 2, PADDING]])
-def test_padding_is_not_taken_for_a_step_below_number_zero(listed: list[int]) -> None:
+def test_padding_is_not_taken_for_a_step_below_number_zero(listed: list[int], dtype: type[np.signedinteger]) -> None:
     """14 - 15 and 2 - 3 are -1, which is how padding is written."""
     numbering = Numbering.of([TensorSpec("t0", "float32", (1,)), TensorSpec("t1", "float32", (45,))])
-    numbers = np.array(listed, np.int64)
+    numbers = np.array(listed, dtype)
     recipe = boxes(TensorSpec("p", "float32", (len(listed),)), numbers, numbering)
     assert recipe is not None
     tensors: dict[str, Array] = {"t0": np.ones(1, np.float32), "t1": np.arange(2, 47, dtype=np.float32)}
     np.testing.assert_array_equal(evaluate(recipe, tensors.__getitem__), numbers + 1)
+
+
+def test_a_box_is_looked_at_in_all_its_elements() -> None:
+    """Columns that a glance leaves out go wrong in the second, the last, or a middle row."""
+    rows, columns = 40, 64
+    right = np.arange(rows * columns, dtype=np.int32).reshape(columns, rows).T
+    numbering = Numbering.of([TensorSpec("t", "float32", (rows * columns,))])
+    tensors: dict[str, Array] = {"t": np.arange(rows * columns, dtype=np.float32) + 1}
+    for row in (1, rows // 2, rows - 1):
+        for column in range(columns):
+            numbers = right.copy()
+            numbers[row, column] = 7
+            recipe = boxes(TensorSpec("p", "float32", (numbers.size,)), numbers.reshape(-1), numbering)
+            assert recipe is not None
+            np.testing.assert_array_equal(evaluate(recipe, tensors.__getitem__), numbers.reshape(-1) + 1)
+
+
+def test_a_weight_that_is_put_together_is_packed_from_its_parts() -> None:
+    """The composed recipe packs a weight that is turned, cut and padded as the two recipes one after the other do."""
+    model, specs = recurrence("LSTM", 12, 8, "forward")
+    packed = learn(model, specs)
+    assert packed is not None
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((12, 16), np.float32) for _ in range(2))
+    half = Walk(0, (1, 16)), (16, 12)
+    halves = [
+        Piece(half[1], Walk(16 * 12 * k, (12, 1)), (Operand(name, half[0]),)) for k, name in enumerate(("a", "b"))
+    ]
+    definition = Recipe(specs["W"], tuple(halves))
+    weight = np.concatenate([a.T, b.T])
+    for block in (block for block in packed.blocks if block.weight == "W"):
+        found = composed(block, definition, {"a": a.size, "b": b.size})
+        assert found is not None
+        assert found.sources == {"a", "b"}
+        tensors = {"a": a.reshape(-1), "b": b.reshape(-1), "W": np.ascontiguousarray(weight).reshape(-1)}
+        wanted = evaluate(block.recipe, tensors.__getitem__)
+        assert evaluate(found, tensors.__getitem__).tobytes() == wanted.tobytes()
 
 
 def test_an_engine_rolls_back_and_takes_partial_refits_of_packed_weights() -> None:

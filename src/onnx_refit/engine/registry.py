@@ -105,3 +105,19 @@ def create_backend(
     """
     require_engine(name)
     return _FACTORIES[name](compiled, weights, options, artefact)
+
+
+def specialised(
+    name: str, compiled: CompiledModel, *, weights: Mapping[str, Array] | None = None, options: EngineOptions
+) -> bytes | None:
+    """The host specialisation that ``create_backend`` would give, None where the engine has none; raises as it does."""
+    require_engine(name)
+    if name == DEFAULT_ENGINE:
+        # It needs no engine for that, and making one takes as long as a tenth of a small model's build.
+        from onnx_refit.engine.onnxruntime.artefact import make
+        from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
+
+        return make(compiled, OnnxRuntimeOptions(threads=options.threads))
+    backend, artefact = create_backend(name, compiled, weights=weights, options=options)
+    backend.close()
+    return artefact

@@ -20,8 +20,10 @@ import onnxruntime as ort
 
 from onnx_refit._version import __version__
 from onnx_refit.engine.onnxruntime.blocked import block_size
+from onnx_refit.engine.onnxruntime.native import make_session, session_options
+from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.packed import Block, Packed
-from onnx_refit.engine.onnxruntime.specialise import Specialised
+from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
 from onnx_refit.model.graph import has_external_tensors
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk
@@ -50,6 +52,18 @@ def _processor() -> str:
         features = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
     named = f"{platform.machine()} {platform.processor()} {' '.join(sorted(features.split()))}"
     return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+
+def make(compiled: CompiledModel, options: OnnxRuntimeOptions) -> bytes:
+    """What specialising a model for this host gives, as bytes, without an engine.
+
+    Raises:
+        EngineError: ONNX Runtime cannot run the model.
+    """
+    specialised = specialise(compiled, options)
+    if specialised.packed is None:  # else sessions were made to prove what they do
+        make_session(specialised.model, session_options(options.threads))  # refused now, not when it is loaded
+    return dump(specialised, host_key(compiled, optimise=options.optimise, in_place=options.in_place))
 
 
 def dump(specialised: Specialised, key: str) -> bytes:

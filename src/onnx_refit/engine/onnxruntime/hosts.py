@@ -25,7 +25,7 @@ import onnxruntime as ort
 
 from onnx_refit.engine.onnxruntime.buffers import Buffer, Storage
 from onnx_refit.engine.onnxruntime.native import PROVIDERS, owned, public_value, session_options
-from onnx_refit.engine.onnxruntime.packed import Packed, external, initialised, probe
+from onnx_refit.engine.onnxruntime.packed import Packed, external
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.trace.recipes import evaluate
 from onnx_refit.tensors import Array, TensorSpec
@@ -363,34 +363,3 @@ def _forget(flat: Array) -> None:
     end = -(-(address + flat.nbytes) // _PAGE) * _PAGE
     # Where it fails the memory just stays.
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
-
-
-def proved(model: onnx.ModelProto, packed: Packed) -> bool:
-    """Whether sessions written in place answer to the bit like sessions that packed the same weights themselves."""
-    nodes = probe(model, packed.specs)
-    rng = np.random.default_rng()
-    weights = {spec.name: rng.random(spec.static_shape, np.float32) - np.float32(0.5) for spec in packed.specs}
-    inputs = {
-        value.name: rng.standard_normal([d.dim_value for d in value.type.tensor_type.shape.dim], np.float32)
-        for value in nodes.graph.input
-        if value.name not in weights
-    }
-    alone = Packed(packed.specs, packed.blocks, ())
-    try:
-        pool = HostPool(nodes, alone, 1)
-        try:
-            host = pool.make()
-            for block in alone.blocks:
-                flat = weights[block.weight].reshape(-1)
-                host.storages[block.name].flat[:] = evaluate(block.recipe, {block.weight: flat}.__getitem__)
-            with tempfile.TemporaryDirectory(prefix="onnx-refit-") as folder:
-                path = Path(folder) / "plain.onnx"
-                initialised(nodes, ((spec, weights[spec.name]) for spec in packed.specs), path)
-                plain = ort.InferenceSession(str(path), session_options(1), providers=PROVIDERS)
-            wanted = plain.run(None, inputs)
-            got = host.session.run(None, inputs)
-        finally:
-            pool.close()
-    except (EngineError, OSError):
-        return False
-    return all(a.tobytes() == b.tobytes() for a, b in zip(got, wanted, strict=True))

@@ -26,9 +26,9 @@ from onnx import NodeProto, TensorProto, helper
 from onnx_refit.engine.onnxruntime.boxes import PADDING, Numbers, boxes
 from onnx_refit.engine.onnxruntime.native import PROVIDERS, session_options
 from onnx_refit.model.graph import all_graphs, attribute
-from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, evaluate, fill
+from onnx_refit.plan.trace.recipes import Operand, Piece, Recipe, evaluate, fill, leading, mapped
 from onnx_refit.plan.trace.recognise import Numbering
-from onnx_refit.tensors import Array, TensorSpec, onnx_dtype
+from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, onnx_dtype
 
 _CODE = 0x20000001
 """Bits of the float32 that stands for number 0; all that follow, to 1.6e9, are positive normal numbers."""
@@ -280,10 +280,9 @@ def _decoded(data: Array, total: int) -> Numbers | None:
     """The numbers of packed elements; None if there is anything else than numbers and zeros."""
     if data.size % 4:
         return None
-    raw = data.view(np.uint32).astype(np.int64)
-    numbers = np.where(raw == 0, PADDING, raw - _CODE)
-    known = (numbers == PADDING) | ((numbers >= 0) & (numbers < total))
-    return numbers if known.all() else None
+    numbers: Numbers = data.view(np.int32) - np.int32(_CODE)  # as large as ``_MOST``; what is no code is negative
+    numbers[numbers == -_CODE] = PADDING
+    return numbers if numbers.min(initial=0) >= PADDING and numbers.max(initial=0) < total else None
 
 
 def composed(block: Block, definition: Recipe, sizes: Mapping[str, int]) -> Recipe | None:
@@ -296,11 +295,21 @@ def composed(block: Block, definition: Recipe, sizes: Mapping[str, int]) -> Reci
     """
     if any(len(piece.operands) > 1 for piece in definition.pieces):
         return None
+    same = leading(definition)
+    if same is not None:
+        return mapped(block.recipe, {block.weight: same})
     sources = sorted(definition.sources)
-    numbering = Numbering.of([TensorSpec(name, "int64", (sizes[name],)) for name in sources])
+    numbering = Numbering.of([TensorSpec(name, "float32", (sizes[name],)) for name in sources])
     starts = dict(zip(sources, numbering.starts, strict=False))
-    plain = Recipe(TensorSpec("", "int64", definition.spec.shape), definition.pieces, definition.gathers)
-    # One more than the number, so that what nothing writes is zero.
-    weight = evaluate(plain, lambda name: np.arange(sizes[name], dtype=np.int64) + starts[name] + 1).reshape(-1)
-    into = Recipe(TensorSpec("", "int64", block.recipe.spec.shape), block.recipe.pieces)
-    return boxes(block.recipe.spec, evaluate(into, {block.weight: weight}.__getitem__) - 1, numbering)
+    dtype = "int32" if numbering.total < np.iinfo(np.int32).max else "int64"
+    plain = Recipe(TensorSpec("", dtype, definition.spec.shape), definition.pieces, definition.gathers)
+
+    def numbers(name: str) -> Numbers:
+        first = starts[name] + 1  # one more than the number, so that what nothing writes is zero
+        return np.arange(first, first + sizes[name], dtype=numpy_dtype(dtype))
+
+    weight = evaluate(plain, numbers).reshape(-1)
+    into = Recipe(TensorSpec("", dtype, block.recipe.spec.shape), block.recipe.pieces)
+    packed = evaluate(into, {block.weight: weight}.__getitem__)
+    packed -= 1
+    return boxes(block.recipe.spec, packed, numbering)

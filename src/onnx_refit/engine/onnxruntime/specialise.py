@@ -9,11 +9,11 @@ import onnx
 
 from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.forms import Forms
-from onnx_refit.engine.onnxruntime.hosts import proved
 from onnx_refit.engine.onnxruntime.nchwc import rewrite
 from onnx_refit.engine.onnxruntime.offline import CANDIDATES, optimise_file
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.packed import Packed, composed, learn
+from onnx_refit.engine.onnxruntime.proof import proved
 from onnx_refit.engine.onnxruntime.tiers import gains_from_packing
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.trace.compose import resolve

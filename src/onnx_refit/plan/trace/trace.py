@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from onnx_refit.plan.trace.recipes import Recipe, agrees, bits, whole
 from onnx_refit.plan.trace.recognise import Numbering, quick, thorough
 from onnx_refit.plan.trace.related import Related
 from onnx_refit.plan.trace.unseen import unseen
-from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, spec_of, value_info_of
+from onnx_refit.tensors import Array, TensorSpec, is_floating, numpy_dtype, spec_of, value_info_of
 
 _ENOUGH = 64  # elements of random values that tell any two weights apart, 8-bit ones too
 _WIDENED = {("float16", "float32"), ("bfloat16", "float32")}
 _SAMPLES = 16  # elements looked at before all
+_TOGETHER = 64 << 20  # bytes of weights up to which two optimisers may run at once, each with copies of its own
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,20 @@ class Tracer:
     def _attempt(self, disabled: Sequence[str], parent: Path) -> _Attempt:
         folder = Path(tempfile.mkdtemp(dir=parent))
         runs = max((code.digits for code in self._codes.values()), default=1)
-        coded = [self._coded(0, disabled, folder)]
         draw = RandomValues()
 
         def random(spec: TensorSpec, first: int, count: int) -> Array:
-            return draw(spec.dtype, count, unlike=self._values(spec, first, count, 0))
+            apart = None if is_floating(spec.dtype) else self._values(spec, first, count, 0)
+            return draw(spec.dtype, count, unlike=apart)
 
-        proof = self._run(random, disabled, folder / "random")
+        if sum(spec.nbytes for spec in self._weights) <= _TOGETHER:
+            with ThreadPoolExecutor(1, "onnx-refit-trace") as other:
+                first = other.submit(self._coded, 0, disabled, folder)
+                proof = self._run(random, disabled, folder / "random")
+                coded = [first.result()]
+        else:
+            coded = [self._coded(0, disabled, folder)]
+            proof = self._run(random, disabled, folder / "random")
         bones = skeleton(proof.model)
         if skeleton(coded[0].model) != bones:
             shutil.rmtree(folder)
