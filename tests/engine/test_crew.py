@@ -63,8 +63,8 @@ def test_what_a_helper_raises_is_raised() -> None:
 def test_an_interrupt_while_helpers_are_called_leaves_no_writer_behind(
     late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    matrix = weight(np.random.default_rng(0), "w", 640, 640)
-    made = model([n("MatMul", "x w", "y")], [("x", ["M", 640])], [("y", None)], [matrix])
+    matrix = weight(np.random.default_rng(0), "w", 1024, 1024)
+    made = model([n("MatMul", "x w", "y")], [("x", ["M", 1024])], [("y", None)], [matrix])
     compilation = compile_model(made)
     backend = create(compilation.compiled, None, OnnxRuntimeOptions(threads=2))
     w = compilation.weights["w"]
@@ -87,7 +87,7 @@ def test_an_interrupt_while_helpers_are_called_leaves_no_writer_behind(
         with pytest.raises(KeyboardInterrupt):
             backend.derive({"w": w * 7})
     weights = backend.derive({"w": w * 5})
-    inputs = x_of(2, 640)
+    inputs = x_of(2, 1024)
     first = backend.run(weights, inputs)["y"]
     go.set()
     assert len(helpers) == 1

@@ -21,8 +21,11 @@ class Counting:
     """A look that counts."""
 
     def __init__(self, flat: Array, keep: Array | None) -> None:
-        self.flat, self.keep = flat, keep
+        self.flat, self.keep, self.watched = flat, keep, True
         self.seen = np.zeros(flat.size, np.int64)
+
+    def suspect(self) -> None:
+        raise AssertionError("all of it is finite")
 
     def watch(self, begin: int, end: int) -> None:
         self.seen[begin:end] += 1

@@ -52,12 +52,22 @@ class WeightSet(Protocol):
 class Look(Protocol):
     """What is to be done with each element of one source weight, once: a call does it all.
 
-    A backend that reads the weight anyway may copy it into ``keep`` on the way instead, and call ``watch``.
+    A backend that reads the weight anyway may copy it into ``keep`` on the way instead, and call ``watch``; or, where
+    ``watched``, look for itself and call ``suspect``.
     """
 
     @property
     def keep(self) -> Array | None:
         """Flat memory of the weight's dtype that takes a copy; None where none is wanted."""
+        ...
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody asks if it is finite."""
+        ...
+
+    def suspect(self) -> None:
+        """Say that an element is not finite."""
         ...
 
     def watch(self, begin: int, end: int) -> None:

@@ -85,6 +85,16 @@ class Inspected:
         self._suspect = suspect
         self.keep = keep
 
+    @property
+    def watched(self) -> bool:
+        """See ``Look``."""
+        return self._suspect is not None
+
+    def suspect(self) -> None:
+        """See ``Look``."""
+        if self._suspect is not None:
+            self._suspect()
+
     def watch(self, begin: int, end: int) -> None:
         """See ``Look``."""
         if self._suspect is not None and not all_finite(self._flat[begin:end]):

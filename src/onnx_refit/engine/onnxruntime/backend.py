@@ -22,8 +22,9 @@ from onnx_refit.engine.onnxruntime.tiers import SecondTier
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
 from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
+from onnx_refit.moves.library import load as load_moves
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
-from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from onnx_refit.tensors import Array, TensorSpec
 
 
 def create(
@@ -74,10 +75,9 @@ class OnnxRuntimeBackend:
         if specialised.packed is not None:
             self._hosts = HostPool(specialised.model, specialised.packed, options.threads)
         own: Mapping[str, TensorSpec] = {} if self._hosts is None else self._hosts.specs
-        dtypes = {name: numpy_dtype(spec.dtype) for name, spec in sources.items()}
         threads = options.threads or usable_cores()
         block = block_size()
-        self._deriver = Deriver(specialised, compiled.program.model, dtypes, block, threads)
+        self._deriver = Deriver(specialised, compiled.program.model, sources, block, threads, load_moves())
         pooled = [spec for name, spec in self._specs.items() if name not in own]
         self._pool = BufferPool(pooled, self._deriver.rest)
         self._recoverer = Recoverer(specialised, sources)

@@ -25,13 +25,14 @@ class Storage:
         spec: name, dtype and shape.
         array: the array, aligned to 64 bytes.
         flat: the same elements, flat.
+        address: of the first of them.
         value: an OrtValue over the array.
         prepared: what its writer made once to write it again and again (the writer fills this).
         steady: the tasks that write it from lasting tensors, and what they are valid for (the deriver fills this).
         settled: whether it is sure that no thread is writing it; never given out again otherwise.
     """
 
-    __slots__ = ("_owner", "array", "flat", "prepared", "settled", "spec", "steady", "value")
+    __slots__ = ("_owner", "address", "array", "flat", "prepared", "settled", "spec", "steady", "value")
 
     def __init__(self, spec: TensorSpec) -> None:
         dtype = numpy_dtype(spec.dtype)
@@ -43,6 +44,7 @@ class Storage:
         self.array: Array = self.flat.reshape(spec.static_shape)
         self.value: Value
         self.value, self._owner = owned(self.array)
+        self.address = self.flat.ctypes.data
         self.prepared: Any = None
         self.steady: tuple[object, list[Any]] | None = None
         self.settled = True

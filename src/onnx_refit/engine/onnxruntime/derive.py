@@ -1,4 +1,8 @@
-"""Writes engine weights from source weights: computes, stages, and shares the writers' tasks among threads."""
+"""Writes engine weights from source weights: computes, stages, and shares the work among threads.
+
+Native code moves all that is only moved or scaled, in one call a thread; Python writers do the rest, and everything
+where no native code was compiled.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx
 
+from onnx_refit.engine.onnxruntime.batch import Batcher, Ready
 from onnx_refit.engine.onnxruntime.buffers import Storage
 from onnx_refit.engine.onnxruntime.crew import Crew, Task
 from onnx_refit.engine.onnxruntime.packer import Caster, Packer
@@ -17,11 +22,13 @@ from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialis
 from onnx_refit.engine.onnxruntime.writers import WIDE, Writer, alone
 from onnx_refit.engine.protocol import Inspector, Look
 from onnx_refit.errors import EngineError
+from onnx_refit.moves.library import Absent, Library
 from onnx_refit.plan.trace.recipes import Recipe, evaluate
-from onnx_refit.tensors import Array, numpy_dtype
+from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 from onnx_refit.threads import step_back
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
+_MOVED = 1 << 19  # elements; the same for native code
 _ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
 _BUNDLES = 4
 _LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
@@ -44,6 +51,18 @@ def _shared(tasks: list[Task]) -> list[Task]:
 def _do(tasks: list[Task]) -> None:
     for _, call, arguments in tasks:
         call(*arguments)
+
+
+def _carriers(recipes: Mapping[str, Recipe]) -> dict[str, str]:
+    """Source weight -> the engine weight that is written while it is looked at: the largest that reads it."""
+    carried: dict[str, str] = {}
+    for name, recipe in recipes.items():
+        for read in recipe.sources:
+            source = read.removeprefix(SOURCE)
+            held = carried.get(source)
+            if read.startswith(SOURCE) and (held is None or recipes[held].spec.size < recipe.spec.size):
+                carried[source] = name
+    return carried
 
 
 class Steady:
@@ -81,30 +100,40 @@ class Deriver:
     Args:
         specialised: the recipes.
         program: the refit program's graph.
-        dtypes: of each source weight.
+        shapes: every source weight.
         block: the host's block size.
         threads: threads to write with.
+        library: the native code, or why there is none.
     """
 
     def __init__(
         self,
         specialised: Specialised,
         program: onnx.ModelProto | None,
-        dtypes: Mapping[str, np.dtype[np.generic]],
+        shapes: Mapping[str, TensorSpec],
         block: int,
         threads: int,
+        library: Library | Absent,
     ) -> None:
         self._staged = specialised.staged
         self._program = Program(program, specialised.computed, threads)
-        sizes = {SOURCE + name: dtype for name, dtype in dtypes.items()}
-        sizes.update((COMPUTED + name, numpy_dtype(spec.dtype)) for name, spec in specialised.computed.items())
-        sizes.update((name, numpy_dtype(recipe.spec.dtype)) for name, recipe in specialised.staged.items())
-        self._keys = {name: SOURCE + name for name in dtypes}
-        size = sum(recipe.spec.nbytes for recipe in specialised.buffers.values())
-        self._packer = packer = Packer(block, arena=size >= _LARGE) if block > 1 else None
-        self._writers = {name: Writer(recipe, sizes, packer, block) for name, recipe in specialised.buffers.items()}
-        self._carried = self._carriers()
+        read = {SOURCE + name: spec for name, spec in shapes.items()}
+        read.update((COMPUTED + name, spec) for name, spec in specialised.computed.items())
+        read.update((name, recipe.spec) for name, recipe in specialised.staged.items())
+        dtypes = {name: numpy_dtype(spec.dtype) for name, spec in read.items()}
+        sizes = {name: spec.size for name, spec in read.items()}
+        self._keys = {name: SOURCE + name for name in shapes}
+        self._carried = _carriers(specialised.buffers)
+        self._batcher: Batcher | None = None
+        others = dict(specialised.buffers)
+        if isinstance(library, Library):
+            self._batcher = Batcher(library, others, dtypes, sizes, self._carried, SOURCE)
+            others = {name: recipe for name, recipe in others.items() if name not in self._batcher.names}
+        large = sum(recipe.spec.nbytes for recipe in others.values()) >= _LARGE
+        self._packer = packer = Packer(block, arena=large) if block > 1 and others else None
+        self._writers = {name: Writer(recipe, dtypes, packer, block) for name, recipe in others.items()}
         self._widens = any(writer.widened for writer in self._writers.values())
+        self._count = len(specialised.buffers)
         self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
         self._sources = {n: self._only_sources(reads, self._program.sources_of) for n, reads in self._reads.items()}
         self._needed = {n: self._only_sources(reads, self._program.needed_for) for n, reads in self._reads.items()}
@@ -122,17 +151,6 @@ class Deriver:
         self._caster: Caster | None = None
         self._lock = threading.Lock()
         self._steady = _UNSTEADY
-
-    def _carriers(self) -> dict[str, str]:
-        """Source weight -> the engine weight that is written while it is looked at: the largest that reads it."""
-        carried: dict[str, str] = {}
-        for name, writer in self._writers.items():
-            for read in writer.reads:
-                source = read.removeprefix(SOURCE)
-                held = carried.get(source)
-                if read.startswith(SOURCE) and (held is None or self._writers[held].size < writer.size):
-                    carried[source] = name
-        return carried
 
     def _closure(self, recipe: Recipe) -> frozenset[str]:
         """Every tensor the recipe needs, through staged ones."""
@@ -174,17 +192,20 @@ class Deriver:
                 tensors, steady = self._tensors(sources, needed, inspector)
                 for name in self._wide(targets):
                     tensors[WIDE + name] = self._widen(tensors[name])
-                looks, tasks = self._looks(sources, targets, inspector)
-                for name, storage in targets.items():
+                claims, looks, tasks = self._looks(sources, targets, inspector)
+                ready = self._ready(targets, tensors, steady, claims)
+                for name, writer in self._others(targets):
                     if name in steady.writers:
-                        tasks += steady.tasks(self._writers[name], storage)
+                        tasks += steady.tasks(writer, targets[name])
                     else:
-                        tasks += self._writers[name].tasks(tensors, storage, looks.get(name, ()))
+                        tasks += writer.tasks(tensors, targets[name], looks.get(name, ()))
             except KeyError as error:
                 raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
             for storage in targets.values():
                 storage.settled = False
-            self._run(tasks)
+            self._run(tasks, ready)
+            if ready is not None:
+                ready.tell()
             for storage in targets.values():
                 storage.settle()
 
@@ -214,27 +235,51 @@ class Deriver:
 
     def _looks(
         self, sources: Mapping[str, Array], targets: Mapping[str, Storage], inspector: Inspector | None
-    ) -> tuple[Mapping[str, list[tuple[str, Look]]], list[Task]]:
-        """Target -> what to look at while it is written; and the tasks that look at what no target reads."""
+    ) -> tuple[Mapping[str, Look], Mapping[str, list[tuple[str, Look]]], list[Task]]:
+        """What native code looks at; target -> what its writer looks at; and the tasks that look at what is left."""
+        claims: dict[str, Look] = {}
         looks: dict[str, list[tuple[str, Look]]] = {}
         others: list[Task] = []
         if inspector is not None:
+            seen = frozenset() if self._batcher is None else self._batcher.seen
             for name in sources.keys() - inspector.lasting.keys():
                 array, look = sources[name], inspector.claim(name)
                 if look is None:
                     continue
                 carrier = self._carried.get(name)
-                if carrier is not None and carrier in targets:
+                if name in seen and (carrier is None or carrier in targets):
+                    claims[name] = look
+                elif carrier is not None and carrier in targets:
                     looks.setdefault(carrier, []).append((SOURCE + name, look))
                 else:
                     others += alone(look, array.size)
-        return looks, others
+        return claims, looks, others
 
-    def _wide(self, targets: Iterable[str]) -> Iterable[str]:
+    def _ready(
+        self,
+        targets: Mapping[str, Storage],
+        tensors: Mapping[str, Array],
+        steady: Steady,
+        claims: Mapping[str, Look],
+    ) -> Ready | None:
+        """The batch of what native code does; None if that is nothing."""
+        batcher = self._batcher
+        if batcher is None:
+            return None
+        own = {name: storage for name, storage in targets.items() if name in batcher.names}
+        return batcher.ready(own, tensors, steady.flats, claims) if own or claims else None
+
+    def _others(self, targets: Mapping[str, Storage]) -> Iterable[tuple[str, Writer]]:
+        """The targets that Python writes."""
+        if len(targets) < len(self._writers):
+            return [(name, self._writers[name]) for name in targets if name in self._writers]
+        return [(name, writer) for name, writer in self._writers.items() if name in targets]
+
+    def _wide(self, targets: Mapping[str, Storage]) -> Iterable[str]:
         """The float16 tensors that the targets read as float32."""
         if not self._widens:
             return ()
-        return sorted({name for target in targets for name in self._writers[target].widened})
+        return sorted({name for _, writer in self._others(targets) for name in writer.widened})
 
     def _widen(self, flat: Array) -> Array:
         """A float16 tensor as float32."""
@@ -244,16 +289,21 @@ class Deriver:
 
     def _needs(self, targets: Mapping[str, Storage]) -> Mapping[str, str]:
         """Every tensor that these engine weights need -> its name without the name space."""
-        if len(targets) == len(self._writers):
+        if len(targets) == self._count:
             return self._all_needs
         needed = set().union(*(self._reads[name] for name in targets))
         return {name: name.partition(":")[2] for name in needed}
 
-    def _run(self, tasks: list[Task]) -> None:
-        if self._pool is None or sum(task[0] for task in tasks) < _PARALLEL:
-            _do(tasks)
+    def _run(self, tasks: list[Task], ready: Ready | None) -> None:
+        batch: list[Task] = []
+        if ready is not None and self._batcher is not None:
+            batch = [(ready.elements, self._batcher.library.work, (ready.address,))]
+        moved = sum(task[0] for task in batch)
+        if self._pool is None or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
+            _do(batch + tasks)
             return
-        crew = Crew(_shared(tasks))
+        # Each thread works on the same batch until nothing of it is left to begin.
+        crew = Crew(batch * self._threads + _shared(tasks))
         try:
             for _ in range(self._threads - 1):
                 self._pool.submit(crew.help)

@@ -53,6 +53,7 @@ class HostStorage(Storage):
         self.flat = flat
         self.array = flat.reshape(spec.static_shape)
         self.value, self._owner = owned(self.array)
+        self.address = self.flat.ctypes.data
         self.prepared = None
         self.steady = None
         self.settled = True

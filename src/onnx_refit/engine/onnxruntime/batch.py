@@ -1,0 +1,226 @@
+"""All engine weights that native code writes, as batches of moves: one call for each thread, whatever the model."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.moving import Slots, Unit, look_slots, looking, looks, units, watchable
+from onnx_refit.engine.protocol import Look
+from onnx_refit.errors import EngineError
+from onnx_refit.moves.library import LOOK, MOVE, Library
+from onnx_refit.plan.trace.recipes import Recipe
+from onnx_refit.tensors import Array
+
+_STREAMED = 8 << 20  # bytes written; more do not stay in the caches anyway
+_KEPT = 8  # lists of moves for partial refits
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Moves in the form that native code reads; the units hold what the moves' addresses point at.
+
+    Attributes:
+        moves: all of them.
+        bounds: the first move of each unit, and the end.
+        elements: how many they write or look at.
+        nbytes: the same in bytes.
+        reads: name and slot of each tensor that they read.
+        units: what it was made of.
+    """
+
+    moves: Array
+    bounds: Array
+    elements: int
+    nbytes: int
+    reads: Sequence[tuple[str, int]]
+    units: Sequence[Unit]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A batch to be worked on, with everything that it points at.
+
+    Attributes:
+        header: the batch.
+        elements: how many it writes.
+        flags: of each look a byte, which is set where something was seen that is not finite.
+        looks: the looks.
+        held: what must stay alive.
+    """
+
+    header: array[int]
+    elements: int
+    flags: bytearray
+    looks: Sequence[Look]
+    held: tuple[object, ...]
+
+    @property
+    def address(self) -> int:
+        """What ``Library.work`` takes."""
+        return self.header.buffer_info()[0]
+
+    def tell(self) -> None:
+        """Tell the looks what was seen: once nobody works on it any more."""
+        if any(self.flags):
+            for look, flag in zip(self.looks, self.flags, strict=False):
+                if flag:
+                    look.suspect()
+
+
+class Batcher:
+    """Makes batches. One at a time.
+
+    Attributes:
+        names: the engine weights that it can write.
+        seen: the source weights that it can look at: those that are read by these only.
+
+    Args:
+        library: the native code.
+        recipes: engine weight -> its recipe.
+        dtypes: of every tensor that recipes read.
+        sizes: elements of these.
+        carriers: source weight -> the engine weight that is written while it is looked at; its tensor's name.
+        prefix: what the names of source weights begin with in recipes.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        recipes: Mapping[str, Recipe],
+        dtypes: Mapping[str, np.dtype[np.generic]],
+        sizes: Mapping[str, int],
+        carriers: Mapping[str, str],
+        prefix: str,
+    ) -> None:
+        self.library = library
+        self._slots = Slots()
+        self._units: dict[str, tuple[Unit, ...]] = {}
+        for name, recipe in recipes.items():
+            made = units(recipe, dtypes, sizes, _target(name), self._slots)
+            if made is not None:
+                self._units[name] = made
+        self.names = frozenset(self._units)
+        self._alone: dict[str, tuple[Unit, ...]] = {}
+        self._look_slots: dict[str, tuple[int, int, int, int | None]] = {}
+        for source in sorted({name.removeprefix(prefix) for name in dtypes if name.startswith(prefix)}):
+            carrier, tensor = carriers.get(source), prefix + source
+            if not watchable(dtypes[tensor]) or (carrier is not None and carrier not in self.names):
+                continue
+            if carrier is None:
+                self._alone[source] = looks(source, dtypes[tensor], sizes[tensor], self._slots)
+            else:
+                self._units[carrier] = looking(
+                    self._units[carrier], tensor, source, dtypes[tensor], sizes[tensor], self._slots
+                )
+            a, b, c = (self._slots[slot] for slot in look_slots(source))
+            self._look_slots[source] = a, b, c, None if carrier is None else self._slots[tensor]
+        self.seen = frozenset(self._look_slots)
+        self._prefix = prefix
+        self._targets = {name: self._slots[_target(name)] for name in self._units}
+        self._reads = {name: self._slots.numbers[name] for name in dtypes if name in self._slots.numbers}
+        self._programs: dict[frozenset[str], _Program] = {}
+        self._forms = {name: (dtype, sizes[name] * dtype.itemsize) for name, dtype in dtypes.items()}
+        self._steady: Mapping[str, Array] = {}
+        self._template: list[int] = []
+        self._settle(self._steady)
+
+    def ready(
+        self,
+        targets: Mapping[str, Storage],
+        tensors: Mapping[str, Array],
+        steady: Mapping[str, Array],
+        claims: Mapping[str, Look],
+    ) -> Ready:
+        """A batch that writes these engine weights and looks at these sources.
+
+        Args:
+            targets: engine weight -> where it goes; of ``names`` only.
+            tensors: the flat, C-contiguous tensors that their recipes read.
+            steady: some of them, in the very same memory as long as this is the same mapping.
+            claims: source weight -> what to do with each of its elements; of ``seen`` only.
+
+        Raises:
+            KeyError: a tensor is missing.
+            EngineError: a tensor is not what its recipe takes.
+        """
+        program = self._program(targets, claims)
+        if steady is not self._steady:
+            self._settle(steady)
+        # Lists, and arrays of the standard library: many single elements are written, which NumPy is slow at.
+        addresses = list(self._template)
+        for name, storage in targets.items():
+            addresses[self._targets[name]] = storage.address
+        for name, slot in program.reads:
+            if name not in steady:
+                addresses[slot] = self._address(name, tensors[name])
+        flags = bytearray(len(claims) + 1)
+        first = _buffer(flags)
+        kept = 0
+        for number, (name, look) in enumerate(claims.items()):
+            where, keep, flag, read = self._look_slots[name]
+            tensor = self._prefix + name
+            addresses[where] = (0 if read is None else addresses[read]) or self._address(tensor, tensors[tensor])
+            target = look.keep
+            if target is not None:
+                addresses[keep] = self._address(tensor, target)
+                kept += target.nbytes
+            if look.watched:
+                addresses[flag] = first + number
+        table = array("Q", addresses)
+        stream = int(program.nbytes + kept > _STREAMED)
+        places = (program.moves.ctypes.data, program.bounds.ctypes.data, table.buffer_info()[0])
+        header = array("q", (*places, len(program.bounds) - 1, stream, 0))
+        return Ready(header, program.elements, flags, tuple(claims.values()), (program, table, tensors, targets))
+
+    def _address(self, name: str, flat: Array) -> int:
+        dtype, nbytes = self._forms[name]
+        if flat.nbytes != nbytes or (flat.dtype is not dtype and flat.dtype != dtype) or not flat.flags.c_contiguous:
+            raise EngineError(f"{flat.nbytes} bytes of {flat.dtype} instead of {nbytes} of {dtype}", where=name)
+        address: int = flat.__array_interface__["data"][0]
+        return address
+
+    def _settle(self, steady: Mapping[str, Array]) -> None:
+        """Make a table of addresses in which those of the steady tensors are filled in."""
+        template = [0] * len(self._slots.numbers)
+        for name, flat in steady.items():
+            if name in self._reads:
+                template[self._reads[name]] = self._address(name, flat)
+        self._template, self._steady = template, steady
+
+    def _program(self, targets: Collection[str], claims: Iterable[str]) -> _Program:
+        alone = frozenset(name for name in claims if name in self._alone) if self._alone else frozenset()
+        names = self.names if len(targets) == len(self.names) else frozenset(targets)
+        key = names | {f"look {name}" for name in alone} if alone else names
+        found = self._programs.get(key)
+        if found is None:
+            chosen = [unit for name in sorted(names) for unit in self._units[name]]
+            chosen += [unit for name in sorted(alone) for unit in self._alone[name]]
+            if len(self._programs) > _KEPT:
+                self._programs.clear()
+            found = self._programs[key] = self._compiled(chosen)
+        return found
+
+    def _compiled(self, chosen: Sequence[Unit]) -> _Program:
+        moves = np.array([row for unit in chosen for row in unit.rows], MOVE)
+        bounds = np.zeros(len(chosen) + 1, np.int64)
+        np.cumsum([len(unit.rows) for unit in chosen], out=bounds[1:])
+        written = moves[moves["kind"] != LOOK]
+        slots = {*written["source"].tolist(), *written["factor"].tolist()}
+        reads = [(name, slot) for name, slot in self._reads.items() if slot in slots]
+        nbytes = sum(unit.elements * unit.rows[-1][1] for unit in chosen)
+        return _Program(moves, bounds, sum(unit.elements for unit in chosen), nbytes, reads, chosen)
+
+
+def _buffer(memory: bytearray) -> int:
+    """The address of memory that nobody changes the size of."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _target(name: str) -> str:
+    return f"target:{name}"

@@ -1,0 +1,315 @@
+/* Moves the elements of weights into the layouts that kernels read, looks for what is not finite, and keeps copies.
+ *
+ * A batch is a list of moves, made once for a model, and a table of addresses, filled anew for each refit. Moves come
+ * in units of about 256 KB, which any number of threads take one by one: `onnx_refit_work` returns when none is left
+ * to begin. Nothing is allocated, nothing fails, no thread is made, and nothing but this table is believed: whoever
+ * makes the moves has checked that each stays inside its tensors (engine/onnxruntime/moving.py).
+ *
+ * Plain C with the vector extension of GCC and Clang, for any processor: 4x4 tiles are transposed in registers. Only
+ * stores that pass the caches by (SSE2) and the widest registers for the look (x86 Linux) are chosen by platform.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDEST
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
+#endif
+
+#define VERSION 1
+#define RANK 6
+#define LANES 16
+
+/* The same numbers and fields as in library.py. */
+enum { LOOK = 0, ROWS = 1, TILES = 2, WALK = 3, GATHER = 4 };
+
+/* Slots are positions in the table of addresses; offsets and strides are in elements. */
+typedef struct {
+    int64_t kind;
+    int64_t itemsize;
+    int64_t target;  /* slot; of a LOOK: where to keep a copy, perhaps nowhere */
+    int64_t source;  /* slot; of a LOOK: what to look at, perhaps nothing */
+    int64_t factor;  /* slot, or -1; of a LOOK: a byte to set where something is not finite, perhaps none */
+    int64_t target_offset;
+    int64_t source_offset;
+    int64_t factor_offset;
+    int64_t to;      /* GATHER: address of positions in the target; TILES: of the rows' offsets in it, or 0 */
+    int64_t take;    /* GATHER: address of positions in the source; LOOK: a float's exponent bits */
+    int64_t lines;   /* whether only whole lines of the cache are written, one after the other: 64 bytes, or halves */
+    int64_t dims[RANK];
+    int64_t target_strides[RANK];
+    int64_t source_strides[RANK];
+    int64_t factor_strides[RANK];
+} move;
+
+typedef struct {
+    const move *moves;
+    const int64_t *units; /* unit u is the moves from units[u] to units[u + 1] */
+    const uint64_t *addresses;
+    int64_t count;  /* of units */
+    int64_t stream; /* whether targets are so large that writing them through the caches only empties these */
+    int64_t next;   /* the first unit that nobody has begun */
+} batch;
+
+typedef float floats __attribute__((vector_size(16)));
+typedef int32_t integers __attribute__((vector_size(16)));
+
+/* The bits of elements, so that a NaN is moved as it is; `may_alias` since the memory is of any type. */
+typedef uint32_t __attribute__((may_alias)) word;
+typedef uint16_t __attribute__((may_alias)) half;
+typedef uint64_t __attribute__((may_alias)) twice;
+
+static inline floats load(const float *from) {
+    floats value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static inline void store(float *to, floats value, int past) {
+#if defined(__SSE2__)
+    if (past) {
+        _mm_stream_ps(to, (__m128)value);
+        return;
+    }
+#endif
+    (void)past;
+    memcpy(to, &value, sizeof value);
+}
+
+static inline int aligned(const void *address, uintptr_t bytes) { return ((uintptr_t)address & (bytes - 1)) == 0; }
+
+/* ---- looking ------------------------------------------------------------------------------------------------- */
+
+#define ANY_SET(name, type)                                                              \
+    WIDEST static int name(const type *bits, int64_t count, type mask) {                 \
+        type found = 0;                                                                  \
+        for (int64_t i = 0; i < count; i++) found |= (type)((bits[i] & mask) == mask);   \
+        return found != 0;                                                               \
+    }
+ANY_SET(any_set_1, uint8_t)
+ANY_SET(any_set_2, half)
+ANY_SET(any_set_4, word)
+ANY_SET(any_set_8, twice)
+
+static void copy(uint8_t *to, const uint8_t *from, size_t bytes, int stream) {
+#if defined(__SSE2__)
+    if (stream && bytes >= 4096) {
+        size_t head = (size_t)(-(uintptr_t)to & 63), body = (bytes - head) & ~(size_t)63;
+        memcpy(to, from, head);
+        for (size_t i = head; i < head + body; i += 16)
+            _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+        memcpy(to + head + body, from + head + body, bytes - head - body);
+        return;
+    }
+#endif
+    (void)stream;
+    memcpy(to, from, bytes);
+}
+
+static void look(const move *m, const uint64_t *addresses, int stream) {
+    const uint8_t *from = (const uint8_t *)(uintptr_t)addresses[m->source];
+    uint8_t *flag = (uint8_t *)(uintptr_t)addresses[m->factor];
+    uint8_t *keep = (uint8_t *)(uintptr_t)addresses[m->target];
+    int64_t count = m->dims[0], begin = m->source_offset * m->itemsize;
+    if (!from) return;
+    from += begin;
+    if (flag && m->take) {
+        int found = m->itemsize == 1   ? any_set_1(from, count, (uint8_t)m->take)
+                    : m->itemsize == 2 ? any_set_2((const half *)from, count, (half)m->take)
+                    : m->itemsize == 4 ? any_set_4((const word *)from, count, (word)m->take)
+                                       : any_set_8((const twice *)from, count, (twice)m->take);
+        if (found) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
+    }
+    if (keep) copy(keep + begin, from, (size_t)(count * m->itemsize), stream);
+}
+
+/* ---- writing: one box of at most two dimensions, the others are walked by `box` ------------------------------ */
+
+/* target[i] = source[i] (* factor[i]), side by side in both. */
+static void row(float *t, const float *s, const float *f, int64_t f_step, int64_t count, int past) {
+    int64_t i = 0;
+    if (!f) {
+        for (; i + 4 <= count; i += 4) store(t + i, load(s + i), past);
+        for (; i < count; i++) ((word *)t)[i] = ((const word *)s)[i];
+    } else if (f_step == 0) {
+        floats by = {*f, *f, *f, *f};
+        for (; i + 4 <= count; i += 4) store(t + i, load(s + i) * by, past);
+        for (; i < count; i++) t[i] = s[i] * *f;
+    } else {
+        if (f_step == 1)
+            for (; i + 4 <= count; i += 4) store(t + i, load(s + i) * load(f + i), past);
+        for (; i < count; i++) t[i] = s[i] * f[i * f_step];
+    }
+}
+
+/* Four columns of four rows. */
+static inline void turn(const float *s, int64_t step, floats *columns) {
+    floats a = load(s), b = load(s + step), c = load(s + 2 * step), d = load(s + 3 * step);
+    floats ab = SHUFFLE(a, b, 0, 4, 1, 5), ba = SHUFFLE(a, b, 2, 6, 3, 7);
+    floats cd = SHUFFLE(c, d, 0, 4, 1, 5), dc = SHUFFLE(c, d, 2, 6, 3, 7);
+    columns[0] = SHUFFLE(ab, cd, 0, 1, 4, 5);
+    columns[1] = SHUFFLE(ab, cd, 2, 3, 6, 7);
+    columns[2] = SHUFFLE(ba, dc, 0, 1, 4, 5);
+    columns[3] = SHUFFLE(ba, dc, 2, 3, 6, 7);
+}
+
+typedef struct {
+    int64_t run;            /* elements that lie side by side in the source */
+    int64_t t_step;         /* from one of them to the next in the target, or: */
+    const int64_t *offsets; /* where each of them goes */
+    int64_t s_step;         /* from one lane to the next in the source; side by side in the target */
+} tile;
+
+static inline int64_t place(const tile *k, int64_t r) { return k->offsets ? k->offsets[r] : r * k->t_step; }
+
+/* `count` columns, 4, 8 or 16, known when this is compiled; `by` holds their factors. */
+static inline __attribute__((always_inline)) void lanes(
+    float *t, const float *s, const floats *by, const tile *k, int count, int past) {
+    int64_t r = 0;
+    for (; r + 4 <= k->run; r += 4) {
+        floats out[LANES / 4][4];
+        for (int q = 0; q < count / 4; q++) {
+            turn(s + r + 4 * q * k->s_step, k->s_step, out[q]);
+            if (by)
+                for (int j = 0; j < 4; j++) out[q][j] *= by[q];
+        }
+        for (int j = 0; j < 4; j++) {
+            float *to = t + place(k, r + j);
+            for (int q = 0; q < count / 4; q++) store(to + 4 * q, out[q][j], past);
+        }
+    }
+    for (; r < k->run; r++) {
+        word *to = (word *)(t + place(k, r));
+        const word *from = (const word *)(s + r);
+        for (int w = 0; w < count; w++)
+            if (by)
+                ((float *)to)[w] = ((const float *)from)[w * k->s_step] * by[w / 4][w % 4];
+            else
+                to[w] = from[w * k->s_step];
+    }
+}
+
+static void tiles(float *t, const float *s, const float *f, int64_t f_step, const tile *k, int64_t width, int past) {
+    floats by[LANES / 4];
+    int64_t w = 0;
+    while (w < width) {
+        int64_t left = width - w;
+        int count = left >= LANES ? LANES : left >= 8 ? 8 : left >= 4 ? 4 : 1;
+        float *to = t + w;
+        const float *from = s + w * k->s_step;
+        if (f)
+            for (int j = 0; j < count; j++) by[j / 4][j % 4] = f[(w + j) * f_step];
+        if (count == LANES)
+            lanes(to, from, f ? by : NULL, k, LANES, past);
+        else if (count == 8)
+            lanes(to, from, f ? by : NULL, k, 8, past);
+        else if (count == 4)
+            lanes(to, from, f ? by : NULL, k, 4, 0);
+        else
+            for (int64_t r = 0; r < k->run; r++)
+                if (f)
+                    to[place(k, r)] = from[r] * by[0][0];
+                else
+                    ((word *)to)[place(k, r)] = ((const word *)from)[r];
+        w += count;
+    }
+}
+
+#define STRIDED(name, type)                                                                                    \
+    static void name(type *t, const type *s, int64_t t_step, int64_t s_step, int64_t count) {                  \
+        for (int64_t i = 0; i < count; i++) t[i * t_step] = s[i * s_step];                                     \
+    }
+STRIDED(strided_1, uint8_t)
+STRIDED(strided_2, half)
+STRIDED(strided_4, word)
+STRIDED(strided_8, twice)
+
+static void innermost(const move *m, uint8_t *t, const uint8_t *s, const float *f, int stream) {
+    const int64_t *dims = m->dims, *ts = m->target_strides, *ss = m->source_strides, *fs = m->factor_strides;
+    int64_t count = dims[RANK - 1];
+    int past = stream && m->lines && aligned(t, 32); /* part of a line would have to be read first */
+    if (m->kind == TILES) {
+        tile k = {dims[RANK - 2], ts[RANK - 2], (const int64_t *)(uintptr_t)m->to, ss[RANK - 1]};
+        tiles((float *)t, (const float *)s, f, fs[RANK - 1], &k, count, past);
+    } else if (m->kind == ROWS && m->itemsize == 4 && (f || count < 1024)) {
+        row((float *)t, (const float *)s, f, fs[RANK - 1], count, past);
+    } else if (m->kind == ROWS) {
+        copy(t, s, (size_t)(count * m->itemsize), stream);
+    } else if (f) {
+        float *to = (float *)t;
+        const float *from = (const float *)s;
+        for (int64_t i = 0; i < count; i++) to[i * ts[RANK - 1]] = from[i * ss[RANK - 1]] * f[i * fs[RANK - 1]];
+    } else {
+        int64_t to = ts[RANK - 1], from = ss[RANK - 1];
+        if (m->itemsize == 1) strided_1(t, s, to, from, count);
+        if (m->itemsize == 2) strided_2((half *)t, (const half *)s, to, from, count);
+        if (m->itemsize == 4) strided_4((word *)t, (const word *)s, to, from, count);
+        if (m->itemsize == 8) strided_8((twice *)t, (const twice *)s, to, from, count);
+    }
+}
+
+static void box(const move *m, const uint64_t *addresses, int stream) {
+    uint8_t *t = (uint8_t *)(uintptr_t)addresses[m->target] + m->target_offset * m->itemsize;
+    const uint8_t *s = (const uint8_t *)(uintptr_t)addresses[m->source] + m->source_offset * m->itemsize;
+    const float *f = m->factor < 0 ? NULL : (const float *)(uintptr_t)addresses[m->factor] + m->factor_offset;
+    int outer = m->kind == TILES ? RANK - 2 : RANK - 1;
+    int64_t index[RANK] = {0};
+    for (;;) {
+        innermost(m, t, s, f, stream);
+        int d = outer - 1;
+        for (; d >= 0; d--) {
+            t += m->target_strides[d] * m->itemsize;
+            s += m->source_strides[d] * m->itemsize;
+            if (f) f += m->factor_strides[d];
+            if (++index[d] < m->dims[d]) break;
+            t -= m->dims[d] * m->target_strides[d] * m->itemsize;
+            s -= m->dims[d] * m->source_strides[d] * m->itemsize;
+            if (f) f -= m->dims[d] * m->factor_strides[d];
+            index[d] = 0;
+        }
+        if (d < 0) return;
+    }
+}
+
+static void gather(const move *m, const uint64_t *addresses) {
+    uint8_t *t = (uint8_t *)(uintptr_t)addresses[m->target];
+    const uint8_t *s = (const uint8_t *)(uintptr_t)addresses[m->source];
+    const int64_t *to = (const int64_t *)(uintptr_t)m->to, *take = (const int64_t *)(uintptr_t)m->take;
+    size_t size = (size_t)m->itemsize;
+    for (int64_t i = 0; i < m->dims[0]; i++) memcpy(t + to[i] * (int64_t)size, s + take[i] * (int64_t)size, size);
+}
+
+/* ---- what Python calls --------------------------------------------------------------------------------------- */
+
+int64_t onnx_refit_version(void) { return VERSION * 1000000 + (int64_t)sizeof(move) * 1000 + (int64_t)sizeof(batch); }
+
+void onnx_refit_work(batch *b) {
+    for (;;) {
+        int64_t unit = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED);
+        if (unit >= b->count) break;
+        for (int64_t i = b->units[unit]; i < b->units[unit + 1]; i++) {
+            const move *m = b->moves + i;
+            if (m->kind == LOOK)
+                look(m, b->addresses, (int)b->stream);
+            else if (m->kind == GATHER)
+                gather(m, b->addresses);
+            else
+                box(m, b->addresses, (int)b->stream);
+        }
+    }
+#if defined(__SSE2__)
+    _mm_sfence(); /* streamed stores are seen before whatever says that this is done */
+#endif
+}
