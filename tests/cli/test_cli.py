@@ -45,6 +45,13 @@ def test_build_then_run_then_run_with_other_weights(place: Path, capsys: pytest.
     np.testing.assert_allclose(np.load(output)["y"], mlp_reference(mlp_weights(1), x), rtol=1e-4, atol=1e-4)
 
 
+def test_inputs_that_are_no_npz_file_say_how_to_write_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("mlp.onnx", "one.safetensors"):
+        arguments = ["run", str(place / "mlp.plan"), "--input", str(place / wrong), "-o", str(place / "out.npz")]
+        assert main(arguments) == 1
+        assert "no npz file of plain arrays. Write one with numpy.savez" in capsys.readouterr().err
+
+
 def test_refit_writes_a_second_plan(place: Path) -> None:
     other = place / "other.plan"
     assert main(["refit", str(place / "mlp.plan"), str(place / "one.safetensors"), "-o", str(other)]) == 0

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import onnx_refit
 from onnx_refit.errors import WeightsError, WeightsFormatError
-from onnx_refit.weights.delta import DeltaSource, is_delta, write_delta
+from onnx_refit.weights.delta import DeltaSource, write_delta
 from onnx_refit.weights.fingerprint import combine, fingerprint, tensor_digest
 from onnx_refit.weights.lerp import LerpSource
 from onnx_refit.weights.lora import LoraSource, load_adapter
@@ -219,12 +219,18 @@ def test_a_delta_turns_its_base_into_the_result(tmp_path: Path) -> None:
     assert set(summary.changed) == {"net.fc.weight", "net.conv.weight", "net.new"}
     assert summary.removed == ("net.head.weight",)
     assert summary.nbytes == 96 + 2 * 8 + 8
-    assert is_delta(path)
     got = DeltaSource(open_weights(BASE), path)
     assert got.changed == set(summary.changed)
     assert got.fingerprint.value == summary.result == fingerprint(open_weights(new)).value
     assert {n: a.tobytes() for n, a in read_all(got)} == {n: a.tobytes() for n, a in new.items()}
     assert got.specs.keys() == new.keys()
+
+
+def test_a_delta_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    write_delta(open_weights(BASE), open_weights(changed()), path)
+    with pytest.raises(WeightsFormatError, match=r"a delta, not a checkpoint.*--delta"):
+        open_weights(path)
 
 
 def test_a_delta_applies_to_nothing_else(tmp_path: Path) -> None:
@@ -233,7 +239,6 @@ def test_a_delta_applies_to_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="applies to the checkpoint"):
         DeltaSource(open_weights(changed()), path)
     write_safetensors(tmp_path / "x.safetensors", open_weights(BASE))
-    assert not is_delta(tmp_path / "x.safetensors")
     with pytest.raises(WeightsFormatError, match="no delta"):
         DeltaSource(open_weights(BASE), tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match="holds no tensor"):

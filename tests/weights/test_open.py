@@ -9,8 +9,10 @@ import onnx
 import pytest
 from safetensors.numpy import save_file
 
+from onnx_refit import build
 from onnx_refit.errors import OnnxRefitError, WeightsError, WeightsFormatError
 from onnx_refit.weights.open import open_weights
+from tests.support.models import mlp
 from tests.weights.source_support import ARRAYS, ONNX_ARRAYS, external_model, onnx_model, same, write_shards
 
 
@@ -63,6 +65,12 @@ def test_unknown_files_are_refused_with_the_known_kinds(tmp_path: Path) -> None:
         open_weights(3)  # type: ignore[arg-type]
     with pytest.raises(OnnxRefitError, match="no regular file"):
         open_weights("/dev/null")
+
+
+def test_a_plan_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    build(mlp()).save(tmp_path / "m.plan")
+    with pytest.raises(WeightsFormatError, match=r"a plan, not a checkpoint.*require_weights"):
+        open_weights(tmp_path / "m.plan")
 
 
 def test_files_are_recognised_without_their_suffix(tmp_path: Path) -> None:

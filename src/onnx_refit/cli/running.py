@@ -26,23 +26,25 @@ from onnx_refit.cli.plans import PATH
 from onnx_refit.cli.weights import open_source
 from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.errors import InputError
-from onnx_refit.files import atomic_write
+from onnx_refit.files import atomic_write, read_error
 from onnx_refit.plan.plan import Plan
 from onnx_refit.tensors import Array, TensorSpec, is_extension, numpy_dtype
 
 
 def read_inputs(path: Path) -> dict[str, Array]:
-    """The arrays of an npz file, never unpickling; InputError if it cannot be read."""
+    """The arrays of an npz file, never unpickling; ReadError or InputError if it cannot be read."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if not hasattr(loaded, "files"):
             raise InputError("it holds one array, not named ones (npy, not npz)", where=path)
         with loaded as archive:
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise InputError("no such file", where=path) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"this is no npz file of plain arrays: {error}", where=path) from error
+    except OSError as error:
+        raise read_error(path, error) from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            "this is no npz file of plain arrays", where=path, hint="Write one with numpy.savez(PATH, NAME=array, ...)"
+        ) from error
 
 
 def write_outputs(path: Path, outputs: dict[str, Array]) -> None:

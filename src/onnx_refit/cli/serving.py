@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from onnx_refit import api
-from onnx_refit.cli.output import emit_json, human_bytes, json_option, progress, say, spinner, table
+from onnx_refit.cli.output import counted, emit_json, human_bytes, json_option, progress, say, spinner, table
 from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.files import read_error
@@ -221,11 +221,11 @@ def push_command(
     if as_json:
         emit_json({"staged": staged, "committed": committed})
         return
-    changed = len(staged["changed"])
+    changed = counted(len(staged["changed"]), "weight changes", "weights change")
     if staged["state"] == "committed" and committed is None:
         say(f"these weights answer already, as version {staged['version']}")
         return
-    say(f"staged {weights.name} as {staged['id']}: {changed} weights change, {human_bytes(staged['bytes'])}")
+    say(f"staged {weights.name} as {staged['id']}: {changed}, {human_bytes(staged['bytes'])}")
     if committed is None:
         say(f"publish it with: onnx-refit commit {staged['id']}")
     else:
@@ -275,7 +275,7 @@ def status_command(url: str, model: str | None, token_file: Path | None, as_json
         emit_json(status)
         return
     size = human_bytes(status["weight_bytes"])
-    say(f"{name}: version {status['version']} answers, {status['weights']} weights of {size}")
+    say(f"{name}: version {status['version']} answers, {counted(status['weights'], 'weight')} of {size}")
     rows = [
         (
             version["number"],
@@ -286,7 +286,7 @@ def status_command(url: str, model: str | None, token_file: Path | None, as_json
         )
         for version in status["versions"]
     ]
-    table(f"{len(rows)} versions", ["version", "", "from", "changed", "committed (UTC)"], rows, right=(0, 3))
+    table(counted(len(rows), "version"), ["version", "", "from", "changed", "committed (UTC)"], rows, right=(0, 3))
     if status["staged"]:
         waiting = [(entry["id"], entry["label"], len(entry["changed"])) for entry in status["staged"]]
         table(f"{len(waiting)} staged", ["id", "from", "changed"], waiting, right=(2,))

@@ -67,7 +67,11 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rules", type=PATH, help="A TOML file with rules that rename tensors first."),
         click.option("--lora", multiple=True, metavar="ADAPTER[=SCALE]", help="Merge a PEFT adapter (repeatable)."),
         click.option("--delta", type=PATH, help="Apply a delta made by 'diff -o'."),
-        click.option("--lerp", metavar="OTHER=T", help="Go the way T (0 to 1) to another checkpoint."),
+        click.option(
+            "--lerp",
+            metavar="OTHER=T",
+            help="Go the way T to another checkpoint (1 is there).",
+        ),
     ):
         command = option(command)
     return command
@@ -242,7 +246,7 @@ def refit_command(
         return
     rate = opened.weight_bytes / 1e9 / seconds
     say(
-        f"wrote {output}: {human_bytes(opened.weight_bytes)} of weights from {description} "
+        f"wrote {output} with the weights of {description}: {human_bytes(opened.weight_bytes)} "
         f"in {seconds:.2f} s, {rate:.2f} GB/s"
     )
 

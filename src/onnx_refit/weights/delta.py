@@ -90,11 +90,6 @@ def _sparse(old: Array, new: Array) -> tuple[Array, Array] | None:
     return where, np.ascontiguousarray(new).reshape(-1)[where]
 
 
-def is_delta(path: str | os.PathLike[str]) -> bool:
-    """Whether a safetensors file is a delta; WeightsError where it is no safetensors file."""
-    return SafetensorsSource(Path(path)).metadata.get("format") == _FORMAT
-
-
 class DeltaSource:
     """The result of applying a delta to its base.
 

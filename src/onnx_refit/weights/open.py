@@ -38,6 +38,17 @@ _KINDS = (
     "Known are ONNX (.onnx), safetensors (.safetensors, .safetensors.index.json), NumPy (.npz), "
     "PyTorch (.pt, .pth, .ckpt, .bin) and Hugging Face directories"
 )
+# Safetensors files of this library that are no checkpoints, by the format that their metadata name.
+_OTHERS = {
+    "onnx-refit-delta": (
+        "this is a delta, not a checkpoint",
+        "Apply it to the checkpoint that it was made from: onnx_refit.delta(BASE, DELTA), or BASE --delta DELTA",
+    ),
+    "onnx-refit plan": (
+        "this is a plan, not a checkpoint",
+        "Take the weights it holds: onnx_refit.Plan.load(PLAN).require_weights()",
+    ),
+}
 
 
 def open_weights(source: WeightsLike, *, progress: Callable[[int, str], None] | None = None) -> WeightSource:
@@ -88,7 +99,11 @@ def open_path(path: Path) -> WeightSource:
     opener = _BY_SUFFIX.get(path.suffix.lower()) or _by_content(path)
     if opener is None:
         raise WeightsFormatError("it is no checkpoint of a known kind", where=path, hint=_KINDS)
-    return opener(path)
+    opened = opener(path)
+    if isinstance(opened, SafetensorsSource) and (other := _OTHERS.get(opened.metadata.get("format", ""))):
+        opened.close()
+        raise WeightsFormatError(other[0], where=path, hint=other[1])
+    return opened
 
 
 def _by_content(path: Path) -> Callable[[Path], WeightSource] | None:

@@ -56,6 +56,9 @@ class Evaluation:
     threads: int
 
 
+_FORMS = "Give SQuAD's JSON, or a JSON object a line with id, context, question, and answer or answers"
+
+
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """Read a data set: one JSON object a line (xz-compressed or not), or SQuAD's own JSON.
 
@@ -73,7 +76,8 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     except FileNotFoundError as error:
         raise InputError("there is no data set here", where=path, hint="Name the file with --data") from error
     except (OSError, lzma.LZMAError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the data set cannot be read ({error})", where=path) from error
+        what = f"a question lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"this is no data set that can be read: {what}", where=path, hint=_FORMS) from error
     if not questions:
         raise InputError("the data set holds no questions", where=path)
     if limit is None or limit >= len(questions):
