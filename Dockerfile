@@ -1,7 +1,8 @@
 # Not built or run by this project's tests; see docs/serving.md.
-FROM python:3.11-slim AS build
+# The full image has a C compiler: the package is installed with its native code.
+FROM python:3.11 AS build
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY src src
 RUN python -m venv /opt/venv && /opt/venv/bin/pip install --no-cache-dir '.[serve]'
 
