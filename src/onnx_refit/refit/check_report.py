@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, overload
 
 from onnx_refit.errors import RefitRejectedError
@@ -144,6 +145,42 @@ class AsDeclared(Sequence[Accepted]):
         return hash(tuple(self))
 
 
+class NotGiven(Sequence[Missing]):
+    """Weights that a partial checkpoint lacks, made when looked at.
+
+    Args:
+        specs: every weight of the model.
+        given: the names of those that the checkpoint has: no others.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], given: Collection[str]) -> None:
+        self._specs = specs
+        self._given = given
+        self._count = len(specs) - len(given)
+
+    @cached_property
+    def _missing(self) -> tuple[Missing, ...]:
+        return tuple(Missing(spec.name, spec) for spec in self._specs if spec.name not in self._given)
+
+    @overload
+    def __getitem__(self, index: int) -> Missing: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Missing]: ...
+
+    def __getitem__(self, index: int | slice) -> Missing | Sequence[Missing]:
+        return self._missing[index]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._missing == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._missing)
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What a checkpoint would do to the weights of a model.
@@ -161,7 +198,7 @@ class CheckReport:
     partial: bool
     accepted: Sequence[Accepted]
     rejected: tuple[Rejected, ...]
-    missing: tuple[Missing, ...]
+    missing: Sequence[Missing]
     unused: tuple[Unused, ...]
 
     @property

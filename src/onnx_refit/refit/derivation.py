@@ -12,6 +12,7 @@ from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
+from onnx_refit.refit.declared import Declared
 from onnx_refit.refit.in_place import InPlaceRefit
 from onnx_refit.refit.inspection import Inspection
 from onnx_refit.refit.packet import Packet
@@ -40,6 +41,7 @@ class Derivation:
         self._backend = backend
         self._sources = compiled.sources
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
+        self._declared = Declared(self._specs.values())
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
         # What is kept comes first, here and there, so that it is copied in one go.
@@ -87,6 +89,9 @@ class Derivation:
         self, given: WeightSource, current: VersionWeights, options: CheckOptions, *, finite_later: bool
     ) -> tuple[CheckReport, dict[str, Array]]:
         """The report and the arrays; RefitRejectedError with everything that is wrong if anything is."""
+        plain = self._declared.check(given, options) if finite_later else None
+        if plain is not None:
+            return plain
         report, arrays = check(self._sources, given, current=current.read, options=options, finite_later=finite_later)
         report = refuse_changed_constants(report, given, self._constants)
         if finite_later and not report.ok:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -189,6 +189,16 @@ class ArraysSource:
             found[spec.name] = array
         return found if len(found) == len(values) else None
 
+    def plain_part(self, specs: Mapping[str, TensorSpec]) -> dict[str, Array] | None:
+        """All tensors, if they are some of these, as ``plain`` wants them, by name; else None."""
+        found: dict[str, Array] = {}
+        for name, array in self._values.items():
+            spec = specs.get(name)
+            if spec is None or not _is_plain(array, spec):
+                return None
+            found[name] = array
+        return found
+
     @property
     def values(self) -> Mapping[str, object]:
         """Name -> value as it was given, on its own device."""
@@ -210,6 +220,15 @@ class ArraysSource:
     def close(self) -> None:
         """Let go of the arrays, and of what nobody asked for yet; those already read stay valid."""
         self._values = {}
+
+
+def _is_plain(value: object, spec: TensorSpec) -> TypeGuard[Array]:
+    return (
+        type(value) is np.ndarray
+        and value.shape == spec.shape
+        and _NATIVE.get(value.dtype) == spec.dtype
+        and value.flags.c_contiguous
+    )
 
 
 def _torch_spec(name: str, tensor: Any, where: str) -> TensorSpec:
