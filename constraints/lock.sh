@@ -1,17 +1,14 @@
 #!/bin/sh
 # Pin the newest versions of everything with hashes. No index or host is written into the files.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 compile() {
-    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
-        --no-header --no-emit-package onnx-refit "$@"
+    uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+        --no-header --no-emit-package onnx-refit "constraints/$1.in" -o "constraints/$1.txt" ${2:+"$2" "$3"}
 }
-# The project itself is listed only for its dependencies.
-(cd .. && uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-    --no-annotate --no-header --no-emit-package onnx-refit constraints/base.in -o constraints/base.txt)
-(cd .. && uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-    --no-annotate --no-header --no-emit-package onnx-refit constraints/serve.in -o constraints/serve.txt)
-(cd .. && uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-    --no-annotate --no-header --no-emit-package onnx-refit constraints/ray.in -o constraints/ray.txt)
-compile lint.in -o lint.txt
-compile all.in -o all.txt --no-emit-package torch
+# base comes first: lint and all are installed on top of it. The project itself is listed only for its dependencies.
+compile base
+compile serve
+compile ray
+compile lint
+compile all --no-emit-package torch
