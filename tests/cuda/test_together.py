@@ -15,7 +15,7 @@ from onnx import helper
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-from onnx_refit.engine.cuda import families, upload  # noqa: E402
+from onnx_refit.engine.cuda import family_code, upload  # noqa: E402
 from onnx_refit.engine.cuda.arena import Layout  # noqa: E402
 from onnx_refit.engine.cuda.families import body, formulas  # noqa: E402
 from onnx_refit.engine.cuda.gather import Part, cut  # noqa: E402
@@ -268,7 +268,7 @@ def test_formulas_give_what_the_program_gives() -> None:
 def test_the_source_of_a_familys_kernel() -> None:
     formula = next(iter(formulas(compile_model(normalised()).compiled).values()))
     lines, leaves = body(formula)
-    text = families.code(lines, [True] + [False] * (len(leaves) - 1), 2)
+    text = family_code.code(lines, [True] + [False] * (len(leaves) - 1), 2)
     assert text.count("__ldg(f1)") == 1, "what does not vary is read once"
     assert "load4(f0" in text
 

@@ -6,12 +6,13 @@ checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.provenance.expression import Expression
 
 
 class FullSpeed(Protocol):
@@ -173,37 +174,77 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was found out about a source weight where it is.
+class Taken:
+    """What was made of source weights on a backend's device.
 
     Attributes:
-        finite: whether no element is NaN or infinite.
-        elements: the bytes of the elements asked for.
+        weights: the weight set.
+        kept: copies of those given that ``recover`` does not give back, each read to the host when it is asked for.
+        marks: the elements asked for of every weight of the version that this makes, read when they are asked for.
+        alike: the weights given in which those elements are as before.
     """
 
-    finite: bool
-    elements: bytes
+    weights: WeightSet
+    kept: Mapping[str, Array]
+    marks: Mapping[str, bytes]
+    alike: Sequence[str]
+
+
+Holder: TypeAlias = Callable[[str], Mapping[str, Array]]
+"""Gives the mapping that holds a source weight of a version which its weight set does not give back."""
 
 
 @runtime_checkable
 class InPlace(Protocol):
-    """A backend that takes source weights from its own device: they are checked there and never read by the host.
+    """A backend that takes source weights from its own device: they are checked there and never read by the host."""
 
-    ``derive`` then takes these values instead of arrays.
-    """
+    def attach(self, parts: Mapping[str, Expression], tensors: Mapping[str, object], *, rounding: bool) -> Any | None:
+        """Look at tensors whose values are to be taken, now or again and again.
 
-    def holds(self, values: Mapping[str, object]) -> bool:
-        """Whether these are all source weights, each dense on this device and of the declared dtype and shape."""
+        Args:
+            parts: source weight -> how it is made of the tensors.
+            tensors: name -> tensor.
+            rounding: whether a cast to the declared dtype may round.
+
+        Returns:
+            What ``take`` takes, without a hold on the tensors; its ``hold(tensors)`` keeps their memory. None where a
+            tensor is not on this device, or this backend could not give the very bits that the host would.
+        """
         ...
 
-    def look(self, values: Mapping[str, object], positions: Mapping[str, Array]) -> Mapping[str, Seen]:
-        """Look at weights that it holds: flat positions -> the elements there, at most 32 a weight."""
+    def take(
+        self,
+        attached: Any,
+        tensors: Sequence[object],
+        base: WeightSet,
+        holder: Holder,
+        positions: Mapping[str, Array],
+        before: Mapping[str, bytes],
+        *,
+        look: bool,
+    ) -> Taken | None:
+        """Check the weights that are in the tensors now, and derive a weight set; nothing that runs is touched.
+
+        Args:
+            attached: what ``attach`` gave.
+            tensors: the tensors that the parts read, in the order in which the parts name them.
+            base: the weight set of the version that gives what is not given.
+            holder: of that version.
+            positions: every source weight -> flat positions, at most 32, the same mapping at each call.
+            before: the elements at these positions in that version.
+            look: whether to look for NaN and infinities.
+
+        Returns:
+            None where the tensors are not those that were attached (another address, dtype, shape or order of
+            elements), where a value is not finite, or does not survive a cast.
+
+        Raises:
+            EngineError: the derivation failed.
+        """
         ...
 
-    def put_aside(self, values: Mapping[str, object], names: Collection[str]) -> Mapping[str, Array]:
-        """Copies on the device of some of the weights, each read to the host when it is asked for."""
-        ...
-
-    def equals(self, weights: WeightSet, name: str, value: object) -> bool:
-        """Whether a recoverable source weight of a weight set has the very bits of a value."""
+    def equal(
+        self, names: Sequence[str], left: tuple[WeightSet, Holder], right: tuple[WeightSet, Holder]
+    ) -> frozenset[str]:
+        """Those of some source weights that have the very same bits in two versions."""
         ...

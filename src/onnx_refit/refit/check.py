@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -75,6 +76,10 @@ class CheckOptions:
     measure: bool = False
 
 
+Load: TypeAlias = Callable[[TensorSpec, TensorSpec], "tuple[Any | None, tuple[RejectReason, str]]"]
+"""Gives a tensor as the weight that is declared, from how it is declared and stored: an array, or why there is none."""
+
+
 def check(
     sources: Sequence[SourceWeight],
     weights: WeightSource,
@@ -82,6 +87,7 @@ def check(
     current: Callable[[str], Array | None] | None = None,
     options: CheckOptions | None = None,
     finite_later: bool = False,
+    load: Load | None = None,
 ) -> tuple[CheckReport, dict[str, Array]]:
     """Check a checkpoint against the weights of a model; nothing is changed.
 
@@ -93,13 +99,14 @@ def check(
         options: how strict to be.
         finite_later: the caller looks for NaN and infinities itself, in the arrays that he gets, and checks once more
             where he finds some: only tensors that have to be cast are looked at here.
+        load: reads tensors instead, for those that are not on the host; whatever it gives has ``nbytes``.
 
     Returns:
         The report, and the arrays to apply: C-contiguous, of the declared dtype and shape, without the weights that
         ``compare`` found unchanged; empty unless the report is ok. They may share memory with the checkpoint.
     """
     chosen = options or CheckOptions()
-    if finite_later and type(weights) is ArraysSource and not (chosen.compare or chosen.measure):
+    if load is None and finite_later and type(weights) is ArraysSource and not (chosen.compare or chosen.measure):
         specs = [source.spec for source in sources]
         plain = weights.plain(specs)
         if plain is not None:
@@ -119,7 +126,9 @@ def check(
         and (found := stored_specs.get(source.spec.name)) is not None
         and found.shape == source.spec.shape
     )
-    reader = Reader(weights, fitting, look=not chosen.allow_nonfinite and not finite_later)
+    if load is None:
+        reader = Reader(weights, fitting, look=not chosen.allow_nonfinite and not finite_later)
+        load = lambda spec, stored: _load(reader, spec, stored, chosen)  # noqa: E731
     for source in sources:
         spec = source.spec
         name = spec.name
@@ -137,7 +146,7 @@ def check(
         if stored.shape != spec.shape:
             rejected.append(Rejected(name, names, RejectReason.SHAPE, _shape_text(spec, stored), spec))
             continue
-        array, refusal = _load(reader, spec, stored, chosen)
+        array, refusal = load(spec, stored)
         if array is None:
             rejected.append(Rejected(name, names, *refusal, spec))
             continue

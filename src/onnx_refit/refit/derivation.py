@@ -52,7 +52,9 @@ class Derivation:
         kept.sort(key=lambda spec: spec.name not in self._small)
         self._retainer = Retainer(kept, disk=cold, together=len(self._small & self._kept_names))
         self._sampler = Sampler(self._packet)
-        self._in_place = InPlaceRefit(backend, self._specs, self._kept_names, self._retainer, self._sampler)
+        self.in_place = InPlaceRefit(
+            backend, compiled.sources, self._kept_names, self._constants, self._retainer, self._sampler
+        )
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -115,7 +117,7 @@ class Derivation:
             EngineError: the derivation failed.
         """
         current = self.weights_of(base)
-        found = self._in_place.candidate(base, current.read, given, options, seconds)
+        found = self.in_place.candidate(base, given, options, seconds)
         if found is not None:
             return found
         look = not options.allow_nonfinite

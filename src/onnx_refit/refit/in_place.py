@@ -1,113 +1,254 @@
-"""Refits from tensors on the engine's own device: checked and derived there, without a copy on the host."""
+"""Refits from tensors on the engine's own device: checked and derived there, without a copy on the host.
+
+What can be looked at once is looked at once: the names, dtypes, shapes and places of tensors are remembered, so that a
+trainer that gives the same tensors again and again pays for their values only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
-from onnx_refit.engine.protocol import Backend, InPlace
-from onnx_refit.refit.check import CheckOptions
-from onnx_refit.refit.check_report import AsDeclared, CheckReport
+from onnx_refit.engine.protocol import Backend, InPlace, Taken
+from onnx_refit.errors import RefitError
+from onnx_refit.plan.compiled import SourceWeight
+from onnx_refit.refit.bound import BoundWeights
+from onnx_refit.refit.check import Casting, CheckOptions, check
+from onnx_refit.refit.check_report import CheckReport, RejectReason
+from onnx_refit.refit.constants import Fixed, refuse_changed_constants
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
-from onnx_refit.refit.unchanged import Sampler, Samples
+from onnx_refit.refit.unchanged import Elsewhere, Sampler
 from onnx_refit.refit.versions import Version
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.origin import origin_of
+from onnx_refit.weights.provenance.expression import tensors_of
 from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.source import WeightSource
-from onnx_refit.weights.sources.arrays import ArraysSource, to_array
+
+_ACCEPTED = (RejectReason.DTYPE, "")  # the reason is not looked at where there is no refusal
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tensors that were looked at, and what the check says of them whatever their values are.
+
+    Attributes:
+        keys: the names of all tensors given, in their order.
+        pick: gives those that weights are made of, from a mapping of all.
+        attached: what the backend knows of them.
+        names: the weights they give.
+        options: how strict the check was.
+        report: what it says.
+        source: where they came from, in words.
+        steady: whether it says so of any values.
+    """
+
+    keys: Sequence[str]
+    pick: Callable[[Mapping[str, object]], Sequence[object]]
+    attached: Any
+    names: frozenset[str]
+    options: CheckOptions
+    report: CheckReport
+    source: str
+    steady: bool
 
 
 class InPlaceRefit:
-    """Makes candidates of whole sets of weights that lie on the backend's device; leaves all others alone.
+    """Makes candidates of weights that lie on the backend's device; leaves all others alone.
 
     Args:
         backend: the backend.
-        specs: every refittable weight.
+        sources: every refittable weight.
         kept: those that the engine cannot give back.
-        retainer: keeps these.
+        fixed: what checkpoints may repeat and cannot change.
+        retainer: keeps the former.
         sampler: takes samples.
     """
 
     def __init__(
         self,
         backend: Backend,
-        specs: Mapping[str, TensorSpec],
+        sources: Sequence[SourceWeight],
         kept: Collection[str],
+        fixed: Fixed,
         retainer: Retainer,
         sampler: Sampler,
     ) -> None:
-        self._backend = backend
-        self._in_place: InPlace | None = backend if isinstance(backend, InPlace) else None
-        self._specs = specs
+        self._device: InPlace | None = backend if isinstance(backend, InPlace) else None
+        self._sources = sources
+        self._specs = {source.spec.name: source.spec for source in sources}
         self._kept = kept
+        self._fixed = fixed
         self._retainer = retainer
-        self._positions = {name: sampler.positions(name, spec.size) for name, spec in specs.items()}
+        self._positions = {name: sampler.positions(name, spec.size) for name, spec in self._specs.items()}
         self._sampler = sampler
+        self._last: Known | None = None
+
+    def again(
+        self, source: object, options: CheckOptions | None, base: Version, seconds: dict[str, float]
+    ) -> Candidate | None:
+        """The candidate of tensors that were looked at before; None where these are others, or something is wrong.
+
+        Args:
+            source: what the caller gave.
+            options: how strict the check is; None as when they were looked at, or as by default.
+            base: the current version.
+            seconds: takes the seconds of each stage.
+
+        Raises:
+            EngineError: the derivation failed.
+        """
+        if self._device is None:
+            return None
+        with timed(seconds, "open"):
+            found = self._recognised(source, options)
+        return None if found is None else self._candidate(*found, base, seconds)
+
+    def _recognised(self, source: object, options: CheckOptions | None) -> tuple[Known, Sequence[object]] | None:
+        if type(source) is BoundWeights:
+            known, tensors = source.known, source.tensors
+            if source.owner is not self or not (options is None or options == known.options):
+                return None
+            return known, tensors
+        last = self._last
+        if last is None or not isinstance(source, Mapping):
+            return None
+        if not (options is last.options or (_DEFAULT if options is None else options) == last.options):
+            return None
+        return (last, last.pick(source)) if list(source) == last.keys else None
+
+    def bind(self, given: WeightSource, options: CheckOptions, source: Any) -> BoundWeights:
+        """Weights looked at once, for refits again and again.
+
+        Args:
+            given: the weights, in the plan's names.
+            options: how strict the check is.
+            source: what the caller gave.
+
+        Raises:
+            RefitError: that cannot be done on the device.
+        """
+        known = self._look(given, options)
+        origin = origin_of(given)
+        if known is None or origin is None or not known.steady:
+            raise RefitError(
+                "these weights cannot be bound to the engine's device",
+                hint="Bind tensors that lie on it and that the check accepts; refit says what it does not accept",
+            )
+        tensors = known.pick(origin.tensors)
+        known.attached.hold(tensors)
+        return BoundWeights(origin.tensors, source, known, tensors, self)
 
     def candidate(
-        self,
-        base: Version,
-        current: Callable[[str], Array],
-        given: WeightSource,
-        options: CheckOptions,
-        seconds: dict[str, float],
+        self, base: Version, given: WeightSource, options: CheckOptions, seconds: dict[str, float]
     ) -> Candidate | None:
         """The candidate; None where the weights do not lie there, or where something about them has to be said.
 
         Args:
             base: the current version.
-            current: reads a weight of it.
-            given: the weights.
+            given: the weights, in the plan's names.
             options: how strict the check is; one that compares or measures reads weights on the host.
             seconds: takes the seconds of each stage.
 
         Raises:
             EngineError: the derivation failed.
         """
-        device = self._in_place
-        if device is None or type(given) is not ArraysSource or options.compare or options.measure:
-            return None
         with timed(seconds, "check"):
-            values = given.values
-            if not device.holds(values):
-                return None
-            seen = device.look(values, self._positions)
-            if not options.allow_nonfinite and not all(one.finite for one in seen.values()):
-                return None
-        with timed(seconds, "compare"):
-            samples = self._sampler.assemble({name: one.elements for name, one in seen.items()})
-            equal = self._equal(device, base, values, samples, current)
-        changed = frozenset(values) - equal
-        with timed(seconds, "derive"):
-            weights = self._backend.derive(values)  # type: ignore[arg-type]
-            retained = self._retainer.adopt(device.put_aside(values, self._kept))
-        return Candidate(
-            weights=weights,
-            retained=retained,
-            samples=samples,
-            base=base.number,
-            full=not equal,
-            changed=changed,
+            known = self._look(given, options)
+            origin = None if known is None else origin_of(given)
+        if known is None or origin is None:
+            return None
+        found = self._candidate(known, known.pick(origin.tensors), base, seconds)
+        if found is not None and known.steady:
+            self._last = known
+        return found
+
+    def _look(self, given: WeightSource, options: CheckOptions) -> Known | None:
+        """Look at tensors without their values; None where the host has to."""
+        device, origin = self._device, origin_of(given)
+        if device is None or origin is None or options.compare or options.measure:
+            return None
+        parts = {name: part for name, part in origin.parts.items() if name in self._specs}
+        used = list(dict.fromkeys(n for name in self._specs if name in parts for n in tensors_of(parts[name])))
+        if not used:
+            return None
+        ordered = {name: parts[name] for name in self._specs if name in parts}
+        attached = device.attach(ordered, origin.tensors, rounding=options.casting is Casting.ROUND)
+        if attached is None:
+            return None
+        # The check reads nothing: what it would find in values, the device finds.
+        report, _ = check(self._sources, given, options=options, finite_later=True, load=_as_declared)
+        if not report.ok or len(report.accepted) < len(parts):
+            return None
+        told = any(
+            unused.name in self._fixed.constants or unused.name in self._fixed.derived for unused in report.unused
+        )
+        report = refuse_changed_constants(report, given, self._fixed)
+        if not report.ok:
+            return None
+        pick = itemgetter(*used) if len(used) > 1 else _only(used[0])
+        return Known(
+            keys=list(origin.tensors),
+            pick=pick,
+            attached=attached,
+            names=frozenset(parts),
+            options=options,
+            report=report,
             source=given.description,
-            check=CheckReport(given.description, options.partial, AsDeclared(list(self._specs.values())), (), (), ()),
+            steady=origin.steady and not told,
         )
 
-    def _equal(
-        self,
-        device: InPlace,
-        base: Version,
-        values: Mapping[str, object],
-        samples: Samples,
-        current: Callable[[str], Array],
-    ) -> frozenset[str]:
+    def _candidate(
+        self, known: Known, tensors: Sequence[object], base: Version, seconds: dict[str, float]
+    ) -> Candidate | None:
+        assert self._device is not None
+        with timed(seconds, "derive"):
+            taken = self._device.take(
+                known.attached,
+                tensors,
+                base.weights,
+                base.retained.holder,
+                self._positions,
+                self._sampler.elements(base.samples),
+                look=not known.options.allow_nonfinite,
+            )
+            if taken is None:
+                return None
+            retained = self._retainer.adopt(taken.kept, base.retained)
+        equal = self._equal(taken, base) if taken.alike else frozenset()
+        changed = known.names - equal if equal else known.names
+        return Candidate(
+            weights=taken.weights,
+            retained=retained,
+            samples=Elsewhere(taken.marks, self._sampler),
+            base=base.number,
+            full=len(changed) == len(self._specs),
+            changed=changed,
+            source=known.source,
+            check=known.report,
+        )
+
+    def _equal(self, taken: Taken, base: Version) -> frozenset[str]:
         """The weights that have the very bits they have now."""
-        found = []
-        for name in self._sampler.alike(values, samples, base.samples):
-            if name in self._kept:
-                equal = same_bits(to_array(values[name], where=name), current(name))
-            else:
-                equal = device.equals(base.weights, name, values[name])
-            if equal:
-                found.append(name)
-        return frozenset(found)
+        assert self._device is not None
+        kept: Mapping[str, Array] = taken.kept
+        # What lies elsewhere by now (on disk) is compared here, and brought nowhere.
+        here = {name for name in taken.alike if name in kept and type(base.retained.holder(name)) is not type(kept)}
+        there = [name for name in taken.alike if name not in here]
+        equal = self._device.equal(there, (taken.weights, lambda name: kept), (base.weights, base.retained.holder))
+        return equal | {name for name in here if same_bits(kept[name], base.retained[name])}
+
+
+_DEFAULT = CheckOptions()
+
+
+def _as_declared(spec: TensorSpec, stored: TensorSpec) -> tuple[Any, tuple[RejectReason, str]]:
+    return spec, _ACCEPTED
+
+
+def _only(name: str) -> Callable[[Mapping[str, object]], Sequence[object]]:
+    return lambda tensors: (tensors[name],)

@@ -9,16 +9,18 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from onnx_refit.engine.protocol import Backend, FullSpeed, WeightSet
-from onnx_refit.errors import EngineError, InputError, RefitError, VersionError
+from onnx_refit.errors import EngineError, InputError, RefitError
 from onnx_refit.model.vocabulary import apply_maps
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.plan.plan import Plan
+from onnx_refit.refit.bound import BoundWeights, unbound
 from onnx_refit.refit.canary import Canary
 from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.derivation import Derivation
+from onnx_refit.refit.earlier import Earlier
 from onnx_refit.refit.inputs import InputChecker
 from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
-from onnx_refit.refit.report import RefitReport
+from onnx_refit.refit.report import Account, RefitReport
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Staged
 from onnx_refit.refit.versions import Version, VersionInfo, VersionList, VersionTable
@@ -76,9 +78,11 @@ class Engine:
         self._lock = threading.RLock()
         self._staging = threading.RLock()
         self._closed = False
+        self._account = Account(plan.refittable)
         self._ledger = ledger if ledger is not None else MemoryLedger()
         first = self._derivation.version(weights, source)
         self._versions = VersionTable(keep, replace(first, number=self._ledger.first(weights, source)))
+        self._earlier = Earlier(self._versions, self._ledger, self._derivation, plan.refittable)
 
     # ------------------------------------------------------------------ what it is
 
@@ -214,22 +218,44 @@ class Engine:
             EngineError: the derivation failed.
             In every case the engine keeps serving the weights it had.
         """
-        options = options if options is not None else CheckOptions()
-        options = replace(options, partial=options.partial or partial)
+        if partial:
+            options = replace(options or CheckOptions(), partial=True)
         with self._staging:
             self._require_open()
-            if not self._plan.refittable:
-                raise RefitError("the plan has no refittable weights", hint=NOTHING_TO_REFIT)
             seconds: dict[str, float] = {}
+            again = self._derivation.in_place.again(source, options, self._versions.current, seconds)
+            if again is not None:
+                return Staged(self, again, seconds)
+            plain, options = unbound(source, options)
             with timed(seconds, "open"):
-                opened = open_weights(source)
-                view = opened if self._plan.names is None else self._plan.names.apply(opened)
+                opened, view = self._open(plain)
             try:
-                candidate = self._derivation.candidate(self._versions.current, view, options, seconds)
-                return Staged(self, candidate, seconds)
+                return Staged(self, self._derivation.candidate(self._versions.current, view, options, seconds), seconds)
             finally:
-                if opened is not source:
+                if opened is not plain:
                     opened.close()
+
+    def _open(self, source: WeightsLike) -> tuple[WeightSource, WeightSource]:
+        """The weights as they are and in the plan's names; RefitError if the plan has none."""
+        if not self._plan.refittable:
+            raise RefitError("the plan has no refittable weights", hint=NOTHING_TO_REFIT)
+        opened = open_weights(source)
+        return opened, opened if self._plan.names is None else self._plan.names.apply(opened)
+
+    def bind(self, source: WeightsLike, options: CheckOptions | None = None, *, partial: bool = False) -> BoundWeights:
+        """Look once at tensors on the engine's own device, for ``refit`` or ``stage`` from them again and again.
+
+        Tensors that come again in a mapping are recognised anyway; those bound are not given back to the device's
+        allocator meanwhile, and a refit starts before they are looked at. Arguments as for ``stage``.
+
+        Raises:
+            RefitError: they do not all lie there, or the check refuses them or depends on more than their values.
+        """
+        chosen = options or CheckOptions()
+        with self._staging:
+            self._require_open()
+            _, view = self._open(source)
+            return self._derivation.in_place.bind(view, replace(chosen, partial=chosen.partial or partial), source)
 
     def refit(
         self,
@@ -292,18 +318,7 @@ class Engine:
                 if self._versions.current is before:
                     self._ledger.rollback(before.number)
                 raise
-        specs, every = self._plan.refittable, len(candidate.changed) == len(self._plan.refittable)
-        return RefitReport(
-            version=version.number,
-            previous=before.number,
-            source=version.source,
-            changed=tuple(specs) if every else tuple(name for name in specs if name in candidate.changed),
-            unchanged=() if every else tuple(name for name in specs if name not in candidate.changed),
-            nbytes=self._plan.weight_bytes if every else sum(specs[name].nbytes for name in candidate.changed),
-            seconds=seconds,
-            full_speed=version.weights.full_speed,
-            check=candidate.check,
-        )
+        return self._account.report(candidate, number, before.number, seconds)
 
     def rollback(self, to: int | None = None) -> RefitReport:
         """Publish an earlier version again, with its own number: bit for bit the weights it had.
@@ -321,7 +336,7 @@ class Engine:
             self._require_open()
             before = self._versions.current
             with timed(seconds, "derive"):
-                target = self._previous() if to is None else self._held_or_stored(to)
+                target = self._earlier.previous() if to is None else self._earlier.version(to)
             with timed(seconds, "store"):
                 self._ledger.rollback(target.number)
             with timed(seconds, "commit"):
@@ -336,25 +351,6 @@ class Engine:
             seconds=seconds,
             full_speed=target.weights.full_speed,
         )
-
-    def _previous(self) -> Version:
-        try:
-            return self._versions.previous()
-        except VersionError:
-            number = self._ledger.previous(self._versions.current.number)
-            if number is None:
-                raise
-            return self._held_or_stored(number)
-
-    def _held_or_stored(self, number: int) -> Version:
-        if not self._versions.holds(number):
-            stored = self._ledger.load(number)
-            if stored is not None:
-                weights = stored.read_many(self._plan.refittable)
-                again = self._derivation.version(weights, stored.description)
-                record = next(record for record in self._ledger.records() if record.number == number)
-                return replace(again, number=number, parent=record.parent, committed=record.committed)
-        return self._versions.get(number)
 
     def forget(self, version: int) -> None:
         """Free an earlier version, in the store too; inferences that run with it finish.

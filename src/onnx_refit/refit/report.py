@@ -5,10 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx_refit.engine.protocol import FullSpeed
 from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from onnx_refit.refit.transaction import Candidate
 
 GB = 1e9
 
@@ -87,4 +91,33 @@ class RefitReport:
             f"<b>version {self.version}</b> (was {self.previous}) from {html.escape(self.source)}<br>"
             f"{len(self.changed)} weights changed, {len(self.unchanged)} unchanged, {self.nbytes / 1e6:.2f} MB, "
             f"{self.gigabytes_per_second:.2f} GB/s<table>{rows}</table>"
+        )
+
+
+class Account:
+    """Gives account of commits of one engine.
+
+    Args:
+        specs: every refittable weight.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self._specs = specs
+        self._every = tuple(specs)
+        self._nbytes = sum(spec.nbytes for spec in specs.values())
+
+    def report(self, candidate: Candidate, number: int, previous: int, seconds: Mapping[str, float]) -> RefitReport:
+        """What a candidate did that is now the version of this number."""
+        specs, changed = self._specs, candidate.changed
+        every = len(changed) == len(specs)
+        return RefitReport(
+            version=number,
+            previous=previous,
+            source=candidate.source,
+            changed=self._every if every else tuple(name for name in specs if name in changed),
+            unchanged=() if every else tuple(name for name in specs if name not in changed),
+            nbytes=self._nbytes if every else sum(specs[name].nbytes for name in changed),
+            seconds=seconds,
+            full_speed=candidate.weights.full_speed,
+            check=candidate.check,
         )

@@ -114,6 +114,11 @@ class _Chunk:
         """One weight; WeightsError if it was moved to disk and cannot be read back."""
         return self._arrays[name]
 
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """The weights, where they are now."""
+        return self._arrays
+
     def cool(self, cold: ColdFile) -> None:
         """Move to disk; NoDiskError where that fails, and all is as it was."""
         self._arrays = cold.store(self._arrays)
@@ -124,6 +129,10 @@ class Kept(Mapping[str, Array]):
 
     def __init__(self, chunks: Mapping[str, _Chunk]) -> None:
         self.chunks = chunks
+
+    def holder(self, name: str) -> Mapping[str, Array]:
+        """The mapping that holds a weight, where it is now."""
+        return self.chunks[name].arrays
 
     def __getitem__(self, name: str) -> Array:
         return self.chunks[name].read(name)
@@ -197,12 +206,20 @@ class Retainer:
             np.copyto(target, arrays[name])
         return keeping.finish()
 
-    def adopt(self, arrays: Mapping[str, Array]) -> Kept:
-        """What is kept, in somebody else's memory: every weight to keep, read when it is asked for."""
-        if not self._layout:
-            return Kept({})
+    def adopt(self, arrays: Mapping[str, Array], before: Kept) -> Kept:
+        """What is kept, some of it in somebody else's memory, read when it is asked for.
+
+        Args:
+            arrays: the weights to keep among those that change.
+            before: what was kept so far.
+        """
+        if not arrays:
+            return before
         self._touch()
-        return Kept(dict.fromkeys(self._layout, self._chunk(arrays)))
+        chunk = self._chunk(arrays)
+        if len(arrays) == len(self._layout):
+            return Kept(dict.fromkeys(self._layout, chunk))
+        return Kept({**before.chunks, **dict.fromkeys(arrays, chunk)})
 
     def keep(self, changed: Iterable[str], before: Kept | None) -> Keeping:
         """Memory to write the weights to keep into, for those who write them themselves.

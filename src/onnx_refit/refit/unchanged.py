@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,12 @@ class Sampler:
             small[row] = np.frombuffer(elements[name], np.uint32)
         return Samples(small, {name: taken for name, taken in elements.items() if name not in self._rows})
 
+    def elements(self, samples: Samples) -> Mapping[str, bytes]:
+        """The other way round: the elements of every weight, from samples of a whole version."""
+        if isinstance(samples, Elsewhere):
+            return samples.marks
+        return {**{name: samples.small[row].tobytes() for name, row in self._rows.items()}, **samples.others}
+
     def alike(self, names: Mapping[str, object], one: Samples, other: Samples) -> Iterator[str]:
         """Those of these weights whose samples are the same."""
         for row in np.flatnonzero((one.small == other.small).all(axis=1)).tolist():
@@ -98,6 +104,38 @@ class Sampler:
         for name, taken in one.others.items():
             if taken == other.others.get(name) and name in names:
                 yield name
+
+
+class Elsewhere(Samples):
+    """Samples that a backend took on its device, read when they are asked for.
+
+    Attributes:
+        marks: weight -> its elements, at the sampler's positions.
+
+    Args:
+        marks: see above.
+        sampler: knows the positions.
+    """
+
+    def __init__(self, marks: Mapping[str, bytes], sampler: Sampler) -> None:
+        vars(self).update(marks=marks, _sampler=sampler)
+
+    marks: Mapping[str, bytes]
+    _sampler: Sampler
+
+    @cached_property
+    def _here(self) -> Samples:
+        return self._sampler.assemble(self.marks)
+
+    @property
+    def small(self) -> npt.NDArray[np.uint32]:
+        """See ``Samples``."""
+        return self._here.small
+
+    @property
+    def others(self) -> Mapping[str, bytes]:
+        """See ``Samples``."""
+        return self._here.others
 
 
 def unchanged(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array, TensorSpec
-from onnx_refit.weights.provenance.expression import dtype_of, evaluate, tensors_of
+from onnx_refit.weights.provenance.expression import Expression, Stored, dtype_of, evaluate, renamed, tensors_of
 from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.source import WeightSource
+from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.view import NamedView, ViewProblem, ViewProblemKind
 
 if TYPE_CHECKING:
@@ -89,6 +90,31 @@ class MappedView:
         """Weight -> spec of every weight that the checkpoint gives."""
         return self._specs
 
+    @property
+    def origin(self) -> tuple[WeightSource, Mapping[str, Expression]]:
+        """What the view is of, and how each weight is made of its tensors."""
+        if self.own_names:
+            return self._source, {name: Stored(name) for name in self._specs}
+        called = self._called
+        return self._source, {
+            name: renamed(self._entries[name], lambda part: called.get(part, part)) for name in self._specs
+        }
+
+    @property
+    def steady(self) -> bool:
+        """Whether what ``dropped`` gives depends on no values, so that it is the same for other values."""
+        specs, read = self._source.specs, self._names.shapes
+        if self.own_names:
+            return True
+        return not any(name in specs for name in self._names.neutral) and not any(
+            name in specs and other in specs and other not in read and not self._one_memory(name, other)
+            for name, others in self._names.aliases.items()
+            for other in others
+        )
+
+    def _one_memory(self, name: str, other: str) -> bool:
+        return isinstance(self._source, ArraysSource) and self._source.same_memory(name, other)
+
     def read(self, name: str) -> Array:
         """One weight, computed from its tensors; a view of a checkpoint tensor where nothing has to move.
 
@@ -161,7 +187,7 @@ class MappedView:
         specs, read = self._source.specs, self._names.shapes
         for name, others in self._names.aliases.items():
             for other in others:
-                if other in read or name not in specs or other not in specs:
+                if other in read or name not in specs or other not in specs or self._one_memory(name, other):
                     continue
                 if not same_bits(self._source.read(name), self._source.read(other)):
                     found[other] = (

@@ -29,6 +29,7 @@ from typing import Any
 
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.provenance.expression import Expression, Stored
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.sources.mapped import unreadable
 from onnx_refit.weights.view import ViewProblem, ViewProblemKind
@@ -175,6 +176,11 @@ class RenamedView:
     def specs(self) -> Mapping[str, TensorSpec]:
         """New name -> spec, of the tensors whose new name is theirs alone."""
         return self._specs
+
+    @property
+    def origin(self) -> tuple[WeightSource, Mapping[str, Expression]]:
+        """The checkpoint, and which of its tensors each tensor of the view is."""
+        return self._source, {name: Stored(self._origins[name][0]) for name in self._specs}
 
     def read(self, name: str) -> Array:
         """One tensor by its new name; WeightsError if there is none, or several."""

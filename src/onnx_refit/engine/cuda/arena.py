@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,7 @@ class Layout:
     ) -> None:
         known = {spec.name: spec for spec in specs}
         views = plain or {}
+        self._real, self._views = real, views
         slots: dict[str, Slot] = {}
         end = 0
         for names in _ordered(known, together):
@@ -84,6 +85,10 @@ class Layout:
     def plain(self) -> tuple[Slot, ...]:
         """The slots that hold source weights."""
         return tuple(slot for slot in self.slots.values() if slot.source is not None)
+
+    def part(self, names: Collection[str]) -> Layout:
+        """A layout of some of the weights, each as it is here."""
+        return Layout([slot.spec for name, slot in self.slots.items() if name in names], self._real, self._views)
 
 
 def _ordered(known: Mapping[str, TensorSpec], together: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -6,28 +6,30 @@ The same code runs on ``device="cpu"`` in the tests that need no GPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout
+from onnx_refit.engine.cuda.attached import Attached, attach
 from onnx_refit.engine.cuda.choice import Choice, candidates, make_network
 from onnx_refit.engine.cuda.filling import Filler, Source
 from onnx_refit.engine.cuda.lowering.operators import Tensor
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
 from onnx_refit.engine.cuda.plain import plain_weights
-from onnx_refit.engine.cuda.resident import Resident, same_bits
 from onnx_refit.engine.cuda.runner import Runner, to_input
 from onnx_refit.engine.cuda.streams import on_device
+from onnx_refit.engine.cuda.taking import Taker
 from onnx_refit.engine.cuda.torchlib import real_dtype
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
-from onnx_refit.engine.protocol import Inspector, Seen, WeightSet
+from onnx_refit.engine.protocol import Holder, Inspector, Taken, WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.plan.evaluate import affected, required
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from onnx_refit.weights.provenance.expression import Expression
 
 
 class CudaBackend:
@@ -59,7 +61,12 @@ class CudaBackend:
         self._filler = Filler(compiled, self._layout, self.device, self._real, options.chunk)
         self._names = [spec.name for spec in compiled.outputs]
         self._sources = {source.spec.name: source.spec for source in compiled.sources}
-        self._resident = Resident(self._sources, self.device)
+        self._recoverable = {
+            slot.source: name
+            for name, slot in self._layout.slots.items()
+            if slot.source is not None and slot.nbytes == self._sources[slot.source].nbytes
+        }
+        self._taker = Taker(compiled, self._layout, self._filler, self.device, self._real, self._recoverable)
         self._refits = threading.Lock()
         self._closed = False
 
@@ -108,18 +115,11 @@ class CudaBackend:
     @property
     def recoverable(self) -> frozenset[str]:
         """Source weights that are engine weights as they are; none of float32 where the engine stores halves."""
-        return frozenset(source for source in self._recoverable())
-
-    def _recoverable(self) -> dict[str, str]:
-        return {
-            slot.source: name
-            for name, slot in self._layout.slots.items()
-            if slot.source is not None and slot.nbytes == self._sources[slot.source].nbytes
-        }
+        return frozenset(self._recoverable)
 
     def recover(self, weights: WeightSet, name: str) -> Array:
         """A source weight read back from a weight set (a copy); EngineError for one that is not recoverable."""
-        held = self._recoverable().get(name)
+        held = self._recoverable.get(name)
         if held is None:
             raise EngineError("the engine's weights do not hold this source weight bit for bit", where=name)
         spec = self._sources[name]
@@ -127,25 +127,38 @@ class CudaBackend:
         array: Array = raw.view(numpy_dtype(spec.dtype)).reshape(spec.static_shape).copy()
         return array
 
-    def holds(self, values: Mapping[str, object]) -> bool:
-        """See ``InPlace.holds``."""
-        return self._resident.holds(values)
-
-    def look(self, values: Mapping[str, object], positions: Mapping[str, Array]) -> Mapping[str, Seen]:
-        """See ``InPlace.look``."""
-        with self._refits, on_device(self.device):
-            return self._resident.look(values, positions)
-
-    def put_aside(self, values: Mapping[str, object], names: Collection[str]) -> Mapping[str, Array]:
-        """See ``InPlace.put_aside``."""
-        with self._refits, torch.no_grad(), on_device(self.device):
-            return self._resident.put_aside(values, names)
-
-    def equals(self, weights: WeightSet, name: str, value: object) -> bool:
-        """See ``InPlace.equals``."""
-        held = self._recoverable()[name]
+    def attach(
+        self, parts: Mapping[str, Expression], tensors: Mapping[str, object], *, rounding: bool
+    ) -> Attached | None:
+        """See ``InPlace.attach``."""
         with on_device(self.device):
-            return same_bits(own(weights).places[held].raw(held), value)
+            return attach(parts, tensors, self._sources, self.device, rounding=rounding)
+
+    def take(
+        self,
+        attached: Attached,
+        tensors: Sequence[object],
+        base: WeightSet,
+        holder: Holder,
+        positions: Mapping[str, Array],
+        before: Mapping[str, bytes],
+        *,
+        look: bool,
+    ) -> Taken | None:
+        """See ``InPlace.take``."""
+        self._check_open()
+        with self._refits:
+            if self._is_current():
+                return self._taker.take(attached, tensors, own(base), holder, positions, before, look=look)
+            with on_device(self.device):
+                return self._taker.take(attached, tensors, own(base), holder, positions, before, look=look)
+
+    def equal(
+        self, names: Sequence[str], left: tuple[WeightSet, Holder], right: tuple[WeightSet, Holder]
+    ) -> frozenset[str]:
+        """See ``InPlace.equal``."""
+        with self._refits, on_device(self.device):
+            return self._taker.equal(names, (own(left[0]), left[1]), (own(right[0]), right[1]))
 
     def derive(
         self,
@@ -185,7 +198,7 @@ class CudaBackend:
             self._finish()
             return CudaWeightSet(arena)
         wanted = affected(self._compiled.program, changed)
-        arena = Arena(self._part(wanted), self.device)
+        arena = Arena(self._layout.part(wanted), self.device)
         self._filler.fill(arena, sources, wanted)
         self._finish()
         places = {**own(base).places, **dict.fromkeys(wanted, arena)}
@@ -195,10 +208,21 @@ class CudaBackend:
     def _is_current(self) -> bool:
         return self.device.type != "cuda" or bool(torch._C._cuda_getDevice() == self.device.index)
 
-    def adopt(self, other: CudaWeightSet) -> CudaWeightSet:
-        """A copy of another device's whole weight set (the same model and options), straight from device to device."""
+    def adopt(self, other: CudaWeightSet, base: CudaWeightSet | None = None) -> CudaWeightSet:
+        """A copy of another device's weight set (the same model and options), straight from device to device.
+
+        Args:
+            other: the set to copy.
+            base: this device's copy of what the other set shares the rest with; then only its own part is copied.
+        """
         self._check_open()
         with self._refits, torch.no_grad(), on_device(self.device):
+            if base is not None and other.shared_nbytes:
+                part = Arena(other.arena.layout, self.device)
+                part.storage.copy_(other.arena.storage, non_blocking=True)
+                self._finish()
+                places = {**base.places, **dict.fromkeys(other.arena.layout.slots, part)}
+                return CudaWeightSet(part, places, other.shared_nbytes)
             arena = Arena(self._layout, self.device)
             sources = {place.serial: place for place in other.places.values()}
             first = next(iter(sources.values()), None)
@@ -214,10 +238,6 @@ class CudaBackend:
         """Memory for a whole weight set, for a group to write."""
         with on_device(self.device):
             return Arena(self._layout, self.device)
-
-    def _part(self, wanted: frozenset[str]) -> Layout:
-        specs = [spec for spec in self._compiled.engine_weights if spec.name in wanted]
-        return Layout(specs, self._real, self._plain)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

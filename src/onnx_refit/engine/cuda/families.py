@@ -8,26 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
 import torch
 
 from onnx_refit.engine.cuda import kernels
-from onnx_refit.engine.cuda.gather import Table, upload
+from onnx_refit.engine.cuda.family_code import THREADS, WARP, code
+from onnx_refit.engine.cuda.gather import upload
 from onnx_refit.engine.cuda.lowering.drafts import Draft, drafts_of
 from onnx_refit.engine.cuda.lowering.operators import Tensor
 from onnx_refit.engine.cuda.lowering.pointwise import RANK, expression, is_formula, literal, walk_of
 from onnx_refit.engine.cuda.plain import STEPS
 from onnx_refit.plan.compiled import CompiledModel
 
+NOWHERE = (1 << 64) - 1
+"""The place of what is not wanted."""
+
 _LEAVES = 8
 _STEPS = 24
 _PIECE = 1024  # elements of a warp, all of one line along the last dimension
-_THREADS = 256
-_WARP = 32
 _VECTOR = 16  # bytes
+
+
+class Located(Protocol):
+    """Where source weights are, on a GPU."""
+
+    @property
+    def device(self) -> Any:
+        """The GPU."""
+        ...
+
+    @property
+    def address(self) -> int:
+        """Of their addresses there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -168,42 +184,62 @@ def body(formula: Formula) -> tuple[list[str], list[Leaf]]:
     return lines, leaves
 
 
+@dataclass(frozen=True)
+class Member:
+    """One weight of a family.
+
+    Attributes:
+        leaves: what it reads.
+        to: where it goes, bytes from the storage's beginning.
+        keep: where the leaf that the family takes goes too, bytes from the beginning of what is kept; or NOWHERE.
+    """
+
+    leaves: Sequence[Leaf]
+    to: int
+    keep: int = NOWHERE
+
+
 class Family:
     """Engine weights of one formula.
 
     Args:
         lines: its statements, see ``body``.
-        members: for each weight what it reads and where it goes: leaves, and bytes from the storage's beginning.
+        members: the weights.
         table: where the source weights are.
         index: source weight name -> its place in the table.
+        taken: which leaf is looked at for NaN and infinities, and kept, as it is read; None where none is. It has the
+            weight's own elements in their order.
     """
 
     def __init__(
         self,
         lines: Sequence[str],
-        members: Sequence[tuple[Sequence[Leaf], int]],
-        table: Table,
+        members: Sequence[Member],
+        table: Located,
         index: Mapping[str, int],
+        taken: int | None = None,
     ) -> None:
         self._table = table
-        count = len(members[0][0])
-        member = np.dtype(
+        count = len(members[0].leaves)
+        row_type = np.dtype(
             [
                 ("to", "<u8"),
+                ("keep", "<u8"),
                 ("sizes", "<u4", RANK),
                 ("leaf", "<u4", count),
                 ("s", "<i4", (count, RANK)),
                 ("wide", "<u4"),
             ]
         )
-        rows, pieces, deepest = np.zeros(len(members), member), [], 1
+        rows, pieces, deepest = np.zeros(len(members), row_type), [], 1
         varies = [False] * count
-        for row, (leaves, to) in enumerate(members):
+        for row, one in enumerate(members):
+            leaves, to = one.leaves, one.to
             walk = walk_of([leaf.shape for leaf in leaves], [leaf.strides for leaf in leaves])
             if walk is None:
                 raise ValueError("too many dimensions")
             wide = walk.wide and to % _VECTOR == 0
-            rows[row] = (to, walk.sizes, [index[leaf.source] for leaf in leaves], walk.strides, wide)
+            rows[row] = (to, one.keep, walk.sizes, [index[leaf.source] for leaf in leaves], walk.strides, wide)
             varies = [one or strides[-1] != 0 for one, strides in zip(varies, walk.strides, strict=True)]
             deepest = max(deepest, sum(size > 1 for size in walk.sizes))
             lines_of_it, width = int(np.prod(walk.sizes[:-1])), walk.sizes[-1]
@@ -215,106 +251,55 @@ class Family:
         self._count = len(pieces)
         self._members = upload(rows, table.device)
         self._pieces = upload(np.array(pieces, np.uint32), table.device)
-        self._kernel = kernels.compiled(code(lines, varies, deepest), "family", table.device.index, fused=False)
+        text = code(lines, varies, deepest, taken)
+        self._kernel = kernels.compiled(text, "family", table.device.index, fused=False)
+        self._grid = (-(-self._count // (THREADS // WARP)),)
+        self._tables = (self._members.data_ptr(), self._pieces.data_ptr())
 
-    def enqueue(self, storage: Tensor) -> None:
-        """Compute the weights from the tensors noted last."""
-        arguments = (self._table.address, self._members.data_ptr(), self._pieces.data_ptr(), storage.data_ptr())
-        blocks = -(-self._count // (_THREADS // _WARP))
-        kernels.launch(self._kernel, self._table.device, (blocks,), (_THREADS,), (*arguments, np.uint32(self._count)))
+    def enqueue(self, storage: Tensor, kept: int = 0, found: int = 0) -> None:
+        """Compute the weights from the tensors noted last.
+
+        Args:
+            storage: of the weights.
+            kept: the address of what is kept, where a leaf is taken.
+            found: the address where an element that is not finite is noted, as a 32-bit word.
+        """
+        arguments = (self._table.address, *self._tables, storage.data_ptr(), self._count, kept, found)
+        kernels.launch(self._kernel, self._table.device, self._grid, (THREADS,), arguments)
 
 
 def families(
-    found: Mapping[str, Formula], places: Mapping[str, int], table: Table, index: Mapping[str, int]
-) -> list[Family]:
-    """The families of these formulas.
+    found: Mapping[str, Formula],
+    places: Mapping[str, int],
+    table: Located,
+    index: Mapping[str, int],
+    takes: Mapping[str, int] | None = None,
+) -> tuple[list[Family], frozenset[str]]:
+    """The families of these formulas, and the source weights that they take as they read them.
 
     Args:
         found: engine weight name -> formula.
         places: engine weight name -> bytes from the storage's beginning.
         table: where the source weights are.
         index: source weight name -> its place in the table.
+        takes: source weights that are to be looked at and kept by whoever reads them first -> where they are kept.
     """
-    groups: dict[tuple[str, ...], list[tuple[Sequence[Leaf], int]]] = {}
+    left = dict(takes or {})
+    taken: set[str] = set()
+    groups: dict[tuple[tuple[str, ...], int | None], list[Member]] = {}
     for name, formula in found.items():
         lines, leaves = body(formula)
-        groups.setdefault(tuple(lines), []).append((leaves, places[name]))
-    return [Family(lines, members, table, index) for lines, members in groups.items()]
+        place = next((i for i, leaf in enumerate(leaves) if leaf.source in left and _whole(leaf, formula)), None)
+        keep = NOWHERE if place is None else left.pop(leaves[place].source)
+        if place is not None:
+            taken.add(leaves[place].source)
+        groups.setdefault((tuple(lines), place), []).append(Member(leaves, places[name], keep))
+    made = [Family(lines, members, table, index, place) for (lines, place), members in groups.items()]
+    return made, frozenset(taken)
 
 
-def code(lines: Sequence[str], varies: Sequence[bool], rank: int) -> str:
-    """The kernel's source.
-
-    Args:
-        lines: the formula's statements.
-        varies: for every leaf, whether it varies along a line in some member.
-        rank: dimensions of any size in any member; the walk's last ones.
-    """
-    names = [f"i{axis}" for axis in range(RANK - rank, RANK)]
-    walk, left = [], "p.line"
-    for axis in range(RANK - 2, RANK - rank, -1):
-        walk.append(f"const unsigned i{axis} = {left} % m.sizes[{axis}], q{axis} = {left} / m.sizes[{axis}];")
-        left = f"q{axis}"
-    if rank > 1:
-        walk.append(f"const unsigned {names[0]} = {left};")
-    count = len(varies)
-    moving = [index for index, varying in enumerate(varies) if varying]
-    pointers = []
-    for index in range(count):
-        at = " + ".join(f"(long long){name} * m.s[{index}][{name[1:]}]" for name in names[:-1])
-        pointers.append(f"reinterpret_cast<const float*>(sources[m.leaf[{index}]]) + {at or 0}")
-    words = 3 + RANK + count * (RANK + 1)  # of a member
-    return "\n".join(
-        [
-            # Four elements side by side, or one for all four.
-            "__device__ __forceinline__ float4 load4(const float* from, unsigned i, int step) {",
-            "  if (step) return __ldg(reinterpret_cast<const float4*>(from + i));",
-            "  const float one = __ldg(from);",
-            "  return make_float4(one, one, one, one);",
-            "}",
-            f"struct Member {{ unsigned sizes[{RANK}], leaf[{count}]; int s[{count}][{RANK}]; }};",
-            "struct Piece { unsigned member, line, begin, count; };",
-            'extern "C" __global__ __launch_bounds__(256) void family(',
-            "    const unsigned long long* __restrict__ sources, const unsigned* __restrict__ members,",
-            "    const Piece* __restrict__ pieces, unsigned char* __restrict__ out, unsigned n) {",
-            f"  const unsigned own = blockIdx.x * {_THREADS // _WARP} + threadIdx.x / {_WARP};",
-            f"  const unsigned lane = threadIdx.x % {_WARP};",
-            "  if (own >= n) return;",
-            "  const Piece p = pieces[own];",
-            "  Member m;",
-            f"  const unsigned* from = members + p.member * {words};",
-            "  const unsigned long long at = from[0] | ((unsigned long long)from[1] << 32);",
-            f"  for (int k = 0; k < {RANK}; ++k) m.sizes[k] = from[2 + k];",
-            f"  for (int k = 0; k < {count}; ++k) m.leaf[k] = from[{2 + RANK} + k];",
-            f"  for (int k = 0; k < {count * RANK}; ++k) (&m.s[0][0])[k] = (int)from[{2 + RANK + count} + k];",
-            f"  float* to = reinterpret_cast<float*>(out + at) + (unsigned long long)p.line * m.sizes[{RANK - 1}];",
-            *(f"  {line}" for line in walk),
-            *(f"  const float* f{index} = {pointer};" for index, pointer in enumerate(pointers)),
-            # What does not vary along a line is computed once: the compiler sees that.
-            *(f"  const float v{index} = __ldg(f{index});" for index, varying in enumerate(varies) if not varying),
-            "  const unsigned end = p.begin + p.count;",
-            f"  if (from[{words - 1}]) {{",
-            "#pragma unroll 2",
-            f"    for (unsigned i = p.begin + 4 * lane; i < end; i += {4 * _WARP}) {{",
-            *(f"      const float4 w{k} = load4(f{k}, i, m.s[{k}][{RANK - 1}]);" for k in moving),
-            *(f"      const float l{k}[4] = {{w{k}.x, w{k}.y, w{k}.z, w{k}.w}};" for k in moving),
-            "      float o[4];",
-            "#pragma unroll",
-            "      for (int k = 0; k < 4; ++k) {",
-            *(f"        const float v{k} = l{k}[k];" for k in moving),
-            *(f"        {line}" for line in lines),
-            "        o[k] = result;",
-            "      }",
-            "      *reinterpret_cast<float4*>(to + i) = make_float4(o[0], o[1], o[2], o[3]);",
-            "    }",
-            "    return;",
-            "  }",
-            "#pragma unroll 4",
-            f"  for (unsigned i = p.begin + lane; i < end; i += {_WARP}) {{",
-            *(f"    const float v{k} = __ldg(f{k} + (long long)i * m.s[{k}][{RANK - 1}]);" for k in moving),
-            *(f"    {line}" for line in lines),
-            "    to[i] = result;",
-            "  }",
-            "}",
-        ]
-    )
+def _whole(leaf: Leaf, formula: Formula) -> bool:
+    """Whether a formula reads each element of a large leaf once, in the order in which it writes."""
+    if isinstance(formula, Number) or leaf.shape != formula.shape or np.prod(leaf.shape) < _PIECE:
+        return False
+    return leaf.strides == tuple(torch.empty(leaf.shape, device="meta").stride()) and leaf.shape[-1] > 0

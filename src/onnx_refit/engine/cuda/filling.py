@@ -64,6 +64,7 @@ class Filler:
     Attributes:
         copied: source weights that are copied, in the order of their kernel's table.
         computed_from: source weights that formulas read, in the order of theirs.
+        formulas: engine weights that kernels compute, and how.
     """
 
     def __init__(self, compiled: CompiledModel, layout: Layout, device: Any, real: Any, chunk: int) -> None:
@@ -81,9 +82,9 @@ class Filler:
         self._parts = [self._part(name) for name in self.copied]
         self._places = [slot.offset for slot in kept]
         found = formulas(compiled) if self._kernels and real is torch.float32 else {}
-        self._formulas = {name: found[name] for name in found if layout.slots[name].source is None}
-        self.computed_from = sources_of(self._formulas)
-        self._rest = frozenset(layout.slots) - self._direct - self._formulas.keys()
+        self.formulas = {name: found[name] for name in found if layout.slots[name].source is None}
+        self.computed_from = sources_of(self.formulas)
+        self._rest = frozenset(layout.slots) - self._direct - self.formulas.keys()
         self._noted: Bound | None = None  # whose addresses the tables hold
 
     def _as_it_is(self, slot: Slot) -> bool:
@@ -117,9 +118,9 @@ class Filler:
 
     @cached_property
     def _families(self) -> list[Family]:
-        places = {name: self._layout.slots[name].offset for name in self._formulas}
+        places = {name: self._layout.slots[name].offset for name in self.formulas}
         index = {name: row for row, name in enumerate(self.computed_from)}
-        return families(self._formulas, places, self._computed_table, index)
+        return families(self.formulas, places, self._computed_table, index)[0]
 
     @cached_property
     def _staging(self) -> Layout:
@@ -158,12 +159,12 @@ class Filler:
                 return
             if self._direct and self._copy_all(arena, sources):
                 wanted = wanted - self._direct
-            if self._formulas:
+            if self.formulas:
                 self._compute_all(arena, sources)
-                wanted = wanted - self._formulas.keys()
+                wanted = wanted - self.formulas.keys()
         if wanted:
             with torch.no_grad():
-                self._one_by_one(arena, sources, wanted)
+                self.one_by_one(arena, sources, wanted)
 
     def _fill_from(self, arena: Arena, bound: Bound) -> bool:
         """Everything from bound tensors, if they are all it takes; their addresses are asked for meanwhile."""
@@ -221,7 +222,8 @@ class Filler:
                     staging.view(name).copy_(from_dlpack(value, self._specs[name]), non_blocking=True)
         return [staging.raw(name) for name in named]
 
-    def _one_by_one(self, arena: Arena, sources: Mapping[str, Source], wanted: frozenset[str]) -> None:
+    def one_by_one(self, arena: Arena, sources: Mapping[str, Source], wanted: frozenset[str]) -> None:
+        """The same by PyTorch's operators, a weight at a time where they come from the host."""
         slots = [arena.layout.slots[name] for name in wanted]
         plain = [slot for slot in slots if slot.source is not None]
         hosted = {

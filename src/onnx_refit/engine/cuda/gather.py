@@ -19,9 +19,9 @@ _PIECE = np.dtype([("tensor", "<u4"), ("nbytes", "<u4"), ("from", "<u8"), ("to",
 _PIECE_NBYTES = 32 << 10
 _THREADS = 256
 _ALIGNMENT = 16  # bytes, of every source
-_KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
-_SAMPLES = 32
-_WIDEST = 8  # bytes of an element
+KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
+"""How kernels tell floating-point dtypes apart; they look at no others."""
+
 _TENSORS = {torch.Tensor, torch.nn.Parameter}
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 
@@ -110,50 +110,6 @@ class Copies:
         if self._count:
             arguments = (self._table.address, self._pieces.data_ptr(), storage.data_ptr())
             kernels.launch(self._kernel, self._table.device, (self._count,), (_THREADS,), arguments)
-
-
-class Looks:
-    """Looks at all tensors of a table: are they finite, and what are a few of their elements.
-
-    Args:
-        table: the tensors.
-        positions: for each tensor, which of its elements to give, at most 32.
-    """
-
-    def __init__(self, table: Table, positions: Sequence[npt.NDArray[np.int64]]) -> None:
-        self._table = table
-        device, parts = table.device, table.parts
-        pieces = cut(parts, [(index, 0) for index in range(len(parts))])
-        self._count = len(pieces)
-        self._pieces = upload(pieces, device)
-        self._lengths = []
-        chosen = np.full((len(parts), _SAMPLES), -1, np.int64)
-        for row, at in zip(chosen, positions, strict=True):
-            row[: len(at)] = at
-            self._lengths.append(len(at))
-        self._positions = upload(chosen, device)
-        self._kinds = upload(np.array([_KINDS.get(part.dtype, 0) for part in parts], np.int32), device)
-        self._sizes = upload(np.array([part.dtype.itemsize for part in parts], np.int32), device)
-        self._look = kernels.kernel(_FILES, "look", device.index)
-        self._pick = kernels.kernel(_FILES, "pick", device.index)
-
-    def run(self) -> tuple[list[bool], list[bytes]]:
-        """Of the tensors noted last: whether each is finite, and the bytes of its chosen elements. Waits."""
-        device, parts, address = self._table.device, self._table.parts, self._table.address
-        picked = len(parts) * _SAMPLES * _WIDEST
-        found = torch.zeros(picked + 4 * len(parts), dtype=torch.uint8, device=device)
-        if self._count:
-            arguments = (address, self._pieces.data_ptr(), self._kinds.data_ptr(), found.data_ptr() + picked)
-            kernels.launch(self._look, device, (self._count,), (_THREADS,), arguments)
-        arguments = (address, self._sizes.data_ptr(), self._positions.data_ptr(), found.data_ptr())
-        kernels.launch(self._pick, device, (len(parts),), (_SAMPLES,), arguments)
-        host = found.cpu().numpy()
-        elements = host[:picked].reshape(len(parts), _SAMPLES, _WIDEST)
-        samples = [
-            row[:length, : part.dtype.itemsize].tobytes()
-            for row, length, part in zip(elements, self._lengths, parts, strict=True)
-        ]
-        return [not flag for flag in host[picked:].view(np.int32).tolist()], samples
 
 
 def cut(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> npt.NDArray[Any]:

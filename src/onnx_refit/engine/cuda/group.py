@@ -7,20 +7,23 @@ flip of one reference, the same for all devices.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from onnx_refit.engine.cuda.backend import CudaBackend
+from onnx_refit.engine.cuda.attached import Attached
+from onnx_refit.engine.cuda.backend import CudaBackend, own
 from onnx_refit.engine.cuda.filling import Source
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
-from onnx_refit.engine.protocol import FullSpeed, Inspector, Seen, WeightSet
+from onnx_refit.engine.protocol import FullSpeed, Holder, Inspector, Taken, WeightSet
 from onnx_refit.engine.single_tier import SingleTier
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import Decision, Verdict
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.provenance.expression import Expression
 
 
 class GroupWeightSet:
@@ -100,21 +103,43 @@ class CudaGroup:
         """See ``CudaBackend.bind``: tensors of the first device."""
         return self._members[0].bind(tensors)
 
-    def holds(self, values: Mapping[str, object]) -> bool:
-        """See ``InPlace.holds``: on the first device."""
-        return self._members[0].holds(values)
+    def attach(
+        self, parts: Mapping[str, Expression], tensors: Mapping[str, object], *, rounding: bool
+    ) -> Attached | None:
+        """See ``InPlace.attach``: on the first device."""
+        return self._members[0].attach(parts, tensors, rounding=rounding)
 
-    def look(self, values: Mapping[str, object], positions: Mapping[str, Array]) -> Mapping[str, Seen]:
-        """See ``InPlace.look``."""
-        return self._members[0].look(values, positions)
+    def take(
+        self,
+        attached: Attached,
+        tensors: Sequence[object],
+        base: WeightSet,
+        holder: Holder,
+        positions: Mapping[str, Array],
+        before: Mapping[str, bytes],
+        *,
+        look: bool,
+    ) -> Taken | None:
+        """See ``InPlace.take``; the others get what the first device made."""
+        bases = _own(base).members
+        taken = self._members[0].take(attached, tensors, bases[0], holder, positions, before, look=look)
+        if taken is None:
+            return None
+        first = own(taken.weights)
+        if not first.shared_nbytes:
+            return replace(taken, weights=GroupWeightSet(self._broadcast(first) or self._passed_on(first)))
+        jobs = [
+            self._pool.submit(member.adopt, first, held)
+            for member, held in zip(self._members[1:], bases[1:], strict=True)
+        ]
+        return replace(taken, weights=GroupWeightSet([first, *_all(jobs)]))
 
-    def put_aside(self, values: Mapping[str, object], names: Collection[str]) -> Mapping[str, Array]:
-        """See ``InPlace.put_aside``."""
-        return self._members[0].put_aside(values, names)
-
-    def equals(self, weights: WeightSet, name: str, value: object) -> bool:
-        """See ``InPlace.equals``."""
-        return self._members[0].equals(_own(weights).members[0], name, value)
+    def equal(
+        self, names: Sequence[str], left: tuple[WeightSet, Holder], right: tuple[WeightSet, Holder]
+    ) -> frozenset[str]:
+        """See ``InPlace.equal``."""
+        one, other = _own(left[0]).members[0], _own(right[0]).members[0]
+        return self._members[0].equal(names, (one, left[1]), (other, right[1]))
 
     def derive(
         self,

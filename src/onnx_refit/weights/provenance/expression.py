@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -244,6 +244,26 @@ def tensors_of(expression: Expression) -> Iterator[str]:
             yield from (tensor for tensor in tensors if tensor is not None)
         case _:
             yield from tensors_of(expression.of)
+
+
+def renamed(expression: Expression, rename: Callable[[str], str]) -> Expression:
+    """The same expression over tensors of other names."""
+    match expression:
+        case Stored(name):
+            return Stored(rename(name))
+        case Concat(parts, axis):
+            return Concat(tuple(renamed(part, rename) for part in parts), axis)
+        case BatchNormFold():
+            return replace(
+                expression,
+                of=None if expression.of is None else renamed(expression.of, rename),
+                gamma=None if expression.gamma is None else rename(expression.gamma),
+                beta=None if expression.beta is None else rename(expression.beta),
+                mean=rename(expression.mean),
+                variance=rename(expression.variance),
+            )
+        case _:
+            return replace(expression, of=renamed(expression.of, rename))
 
 
 def dtype_of(expression: Expression, stored: Callable[[str], str]) -> str:

@@ -14,6 +14,7 @@ from onnx_refit.errors import MissingExtraError, ModelError, OnnxRefitError, Wei
 from onnx_refit.tensors import Array, TensorSpec, dtype_name
 
 _CPU_DEVICES = {1, 3}  # kDLCPU, kDLCUDAHost
+_CUDA = 2  # kDLCUDA
 # What torch and NumPy do not share: how torch names it -> (torch dtype of the same width, NumPy dtype).
 _TORCH_ONLY: dict[str, tuple[str, np.dtype[np.generic]]] = {
     "torch.bfloat16": ("int16", np.dtype(ml_dtypes.bfloat16)),
@@ -149,6 +150,8 @@ class ArraysSource:
             if type(value) is np.ndarray and value.dtype in _NATIVE:
                 continue
             where = f"{description}[{name!r}]"
+            if not is_torch_tensor(value) and _on_gpu(value):
+                value = self._values[name] = _shared_with_torch(value, where)
             if is_torch_tensor(value):
                 self._others[name] = _torch_spec(name, value, where)
             else:
@@ -210,6 +213,14 @@ class ArraysSource:
             raise WeightsError(f"holds no tensor {name!r}", where=self._description)
         return self._values[name]
 
+    def same_memory(self, name: str, other: str) -> bool:
+        """Whether two of them are tensors of PyTorch over the very same memory, so that their elements are the same."""
+        one, two = self._values.get(name), self._values.get(other)
+        if one is None or two is None or not (is_torch_tensor(one) and is_torch_tensor(two)):
+            return False
+        left, right = ((t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in (one, two))  # type: ignore[attr-defined]
+        return bool(left == right and left[0])
+
     def read(self, name: str) -> Array:
         """One tensor as a host array; WeightsError if there is none of that name."""
         value = self.raw(name)
@@ -229,6 +240,26 @@ def _is_plain(value: object, spec: TensorSpec) -> TypeGuard[Array]:
         and _NATIVE.get(value.dtype) == spec.dtype
         and value.flags.c_contiguous
     )
+
+
+def _on_gpu(value: object) -> bool:
+    """Whether another library than PyTorch has it on an NVIDIA GPU."""
+    try:
+        return hasattr(value, "__dlpack__") and int(value.__dlpack_device__()[0]) == _CUDA  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
+        return False
+
+
+def _shared_with_torch(value: Any, where: str) -> Any:
+    """A tensor of another library as PyTorch's over the same memory, so that it stays where it is."""
+    try:
+        import torch
+
+        return torch.from_dlpack(value)
+    except ImportError as error:
+        raise MissingExtraError("torch", "torch", "reading a tensor on a GPU through DLPack") from error
+    except (RuntimeError, TypeError, ValueError, BufferError) as error:
+        raise WeightsError(f"the DLPack exchange failed: {error}", where=where) from error
 
 
 def _torch_spec(name: str, tensor: Any, where: str) -> TensorSpec:

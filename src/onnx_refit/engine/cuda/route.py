@@ -1,0 +1,294 @@
+"""One pass over source weights on a GPU, by few kernels: looked at, copied, cast, computed, kept and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from onnx_refit.engine.cuda import kernels
+from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
+from onnx_refit.engine.cuda.aside import Places
+from onnx_refit.engine.cuda.attached import Attached
+from onnx_refit.engine.cuda.families import NOWHERE, Formula, families
+from onnx_refit.engine.cuda.filling import Filler
+from onnx_refit.engine.cuda.gather import KINDS, Part, cut, upload
+from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
+from onnx_refit.engine.cuda.lowering.pointwise import walk_of
+from onnx_refit.tensors import TensorSpec
+
+_FILES = ("gather.cu", "taking.cu")
+_THREADS = 256
+_PART = np.dtype(
+    [("tensor", "<u4"), ("nbytes", "<u4"), ("from", "<u8"), ("to", "<u8"), ("keep", "<u8"), ("cast", "<u8")]
+)
+_PART_NBYTES = 32 << 10
+_CONVERSION = np.dtype(
+    [("to", "<u8"), ("source", "<u4"), ("target", "<u4"), ("sizes", "<u4", 4), ("strides", "<i8", 4)]
+)
+_STRETCH = 8 << 10  # elements
+_SAMPLERS = 8  # weights whose samples one block takes
+_CASTS = {torch.float16: 1, torch.bfloat16: 2}
+_NOT_FINITE, _CHANGED, _ALIKE, _EACH = range(4)  # words of what kernels say, as in taking.cu
+
+
+class Addresses:
+    """Addresses that kernels read, on a GPU; sent only when they change.
+
+    Args:
+        count: how many.
+        device: the GPU.
+    """
+
+    def __init__(self, count: int, device: Any) -> None:
+        self.device = device
+        self._host = torch.zeros(max(1, count), dtype=torch.int64, pin_memory=True)
+        self._memory = self._host.numpy()
+        self._there = self._host.to(device)
+        self._noted: Sequence[int] = ()
+        self.address = self._there.data_ptr()
+
+    def note(self, pointers: Sequence[int]) -> None:
+        """Enqueue these. What was enqueued before must have been waited for."""
+        if pointers is not self._noted and pointers != self._noted:
+            self._memory[: len(pointers)] = pointers
+            self._there.copy_(self._host, non_blocking=True)
+        self._noted = pointers
+
+
+class Route:
+    """The tables and kernels for one set of given source weights.
+
+    Args:
+        given: the weights given.
+        others: further weights that are read.
+        layout: of the engine weights that are made.
+        aside: of the given weights that are kept.
+        formulas: engine weights that are elementwise formulas.
+        specs: of all source weights.
+        places: where samples are taken.
+        device: the GPU.
+    """
+
+    def __init__(
+        self,
+        given: Sequence[str],
+        others: Sequence[str],
+        layout: Layout,
+        aside: Layout,
+        formulas: Mapping[str, Formula],
+        specs: Mapping[str, TensorSpec],
+        places: Places,
+        device: Any,
+    ) -> None:
+        self._given, self._device, self._specs = tuple(given), device, specs
+        self._sources = (*given, *others)
+        self._addresses = Addresses(len(self._sources), device)
+        index = {name: row for row, name in enumerate(self._sources)}
+        dtypes = [torch_dtype(specs[name].dtype, name) for name in self._sources]
+        self._kinds = upload(np.array([KINDS.get(dtype, 0) for dtype in dtypes], np.int32), device)
+        rows = [places.row[name] for name in given]
+        self._itemsizes = upload(np.array([places.itemsizes[row] for row in rows], np.int32), device)
+        self._rows = upload(np.array(rows, np.int32), device)
+        self._positions = upload(places.positions[rows], device)
+        sinks: dict[str, list[tuple[Slot, int]]] = {}
+        for slot in layout.plain:
+            cast = _cast(slot, specs[str(slot.source)])
+            if cast is not None:
+                sinks.setdefault(str(slot.source), []).append((slot, cast))
+        kept = {name: slot.offset for name, slot in aside.slots.items()}
+        takes = {n: kept.get(n, NOWHERE) for n in given if n not in sinks and specs[n].dtype == "float32"}
+        offsets = {name: layout.slots[name].offset for name in formulas}
+        self._families, taken = families(formulas, offsets, self._addresses, index, takes)
+        done = {slot.spec.name for slots in sinks.values() for slot, _ in slots} | formulas.keys()
+        self._rest = frozenset(layout.slots) - done
+        parts: list[tuple[int, int, int, int, int, int]] = []
+        for name in given:
+            if name not in taken:
+                goals = [(slot.offset, cast) for slot, cast in sinks.get(name, [])] or [(NOWHERE, 0)]
+                for turn, (to, cast) in enumerate(goals):
+                    keep = kept.get(name, NOWHERE) if turn == 0 else NOWHERE
+                    parts += _parts(index[name], specs[name].nbytes, to, keep, cast)
+        self._parts = upload(np.array(parts, _PART), device)
+        self._grid = (len(parts) + -(-len(given) // _SAMPLERS),)
+        self._take = kernels.kernel(_FILES, "take", device.index)
+        self._found = torch.zeros(_EACH + len(given), dtype=torch.int32, pin_memory=True)
+        self._said = memoryview(self._found.numpy())
+        tables = (self._parts, self._kinds, self._itemsizes, self._rows, self._positions)
+        self._tables = (self._addresses.address, *(table.data_ptr() for table in tables), len(given))
+        self._alive: list[object] = []
+        self._narrows = any(cast for slots in sinks.values() for _, cast in slots)
+        self._casts = False
+        self._conversions: tuple[Attached, Conversions] | None = None
+
+    def enqueue(
+        self,
+        attached: Attached,
+        tensors: Sequence[Any],
+        others: Mapping[str, Tensor],
+        arena: Arena,
+        aside: Arena,
+        before: Tensor,
+        after: Tensor,
+        filler: Filler,
+    ) -> None:
+        """Enqueue everything, on the current stream.
+
+        Args:
+            attached: where the given weights lie.
+            tensors: the tensors they lie in.
+            others: the further weights, dense.
+            arena: takes the engine weights.
+            aside: takes what is kept.
+            before: samples of the version before.
+            after: takes the new ones.
+            filler: makes what no kernel of ours makes.
+
+        Raises:
+            EngineError: an operator of the refit program failed.
+        """
+        if self._said[_NOT_FINITE] or self._said[_CHANGED] or self._said[_ALIKE]:
+            self._found.zero_()
+        found = self._found.data_ptr()
+        pointers: Sequence[int] = attached.pointers
+        converted: Mapping[str, Tensor] = {}
+        if not attached.dense:
+            converted = self._convert(attached, tensors, found)
+            pointers = [
+                converted[one.name].data_ptr() if one.name in converted else pointer
+                for one, pointer in zip(attached.lying, pointers, strict=True)
+            ]
+        if others:
+            pointers = [*pointers, *(others[name].data_ptr() for name in self._sources[len(self._given) :])]
+        self._addresses.note(pointers)
+        kept = aside.storage.data_ptr()
+        for family in self._families:
+            family.enqueue(arena.storage, kept, found)
+        arguments = (*self._tables, before.data_ptr(), after.data_ptr(), arena.storage.data_ptr(), kept, found)
+        kernels.launch(self._take, self._device, self._grid, (_THREADS,), arguments)
+        if self._rest:
+            named = {one.name: one for one in attached.lying}
+            sources = {
+                name: others[name]
+                if name in others
+                else converted[name].view(self._specs[name].static_shape)
+                if name in converted
+                else attached.value(named[name], tensors)
+                for name in self._sources
+            }
+            with torch.no_grad():
+                filler.one_by_one(arena, sources, self._rest)
+        self._casts = self._narrows or not attached.dense
+        self._alive = [converted, others]
+
+    def _convert(self, attached: Attached, tensors: Sequence[Any], found: int) -> Mapping[str, Tensor]:
+        if self._conversions is None or self._conversions[0] is not attached:
+            self._conversions = attached, Conversions(attached, self._specs, self._device)
+        return self._conversions[1].enqueue(tensors, found)
+
+    def alike(self, *, look: bool) -> tuple[str, ...] | None:
+        """After everything was waited for: the weights whose samples are those of before; None if one is unsound.
+
+        Args:
+            look: whether weights that are not finite are unsound where no cast makes them so.
+        """
+        self._alive = []
+        said = self._said
+        if said[_CHANGED] or (said[_NOT_FINITE] and (look or self._casts)):
+            return None
+        if not said[_ALIKE]:
+            return ()
+        return tuple(self._given[row] for row in np.flatnonzero(np.asarray(said)[_EACH:]).tolist())
+
+
+def _cast(slot: Slot, spec: TensorSpec) -> int | None:
+    """How a slot holds its source weight: 0 as it is, else the kind of its halves; None where kernels cannot tell."""
+    if slot.nbytes == spec.nbytes:
+        return 0
+    return _CASTS.get(slot.dtype) if spec.dtype == "float32" else None
+
+
+def _parts(index: int, nbytes: int, to: int, keep: int, cast: int) -> list[tuple[int, int, int, int, int, int]]:
+    return [
+        (
+            index,
+            min(_PART_NBYTES, nbytes - begin),
+            begin,
+            NOWHERE if to == NOWHERE else to + (begin // 2 if cast else begin),
+            NOWHERE if keep == NOWHERE else keep + begin,
+            cast,
+        )
+        for begin in range(0, nbytes, _PART_NBYTES)
+    ]
+
+
+class Conversions:
+    """Makes dense weights of the declared dtypes out of tensors in other orders and dtypes, by one kernel.
+
+    Args:
+        attached: the weights.
+        specs: as they are declared.
+        device: the GPU.
+    """
+
+    def __init__(self, attached: Attached, specs: Mapping[str, TensorSpec], device: Any) -> None:
+        self._device, self._attached = device, attached
+        self._views = [one for one in attached.lying if not one.dense and one.tensor is not None]
+        self._computed = [one for one in attached.lying if one.tensor is None]
+        self._layout = Layout([specs[one.name] for one in self._views], torch.float32)
+        rows, stretches = np.zeros(len(self._views), _CONVERSION), []
+        for row, one in enumerate(self._views):
+            walk = walk_of([one.shape], [one.strides])
+            assert walk is not None  # else it were computed
+            target = torch_dtype(specs[one.name].dtype, one.name)
+            plain = 16 + target.itemsize
+            casts = one.dtype is not target or target.is_floating_point
+            kinds = (KINDS.get(one.dtype, plain), KINDS.get(target, plain)) if casts else (plain, plain)
+            rows[row] = (self._layout.slots[one.name].offset, *kinds, walk.sizes, walk.strides[0])
+            size = specs[one.name].size
+            stretches += [(row, begin, min(_STRETCH, size - begin), 0) for begin in range(0, size, _STRETCH)]
+        self._rows = upload(rows, device)
+        self._stretches = upload(np.array(stretches, np.uint32), device)
+        self._count = len(stretches)
+        self._addresses = Addresses(len(self._views), device)
+        pointers = dict(zip(attached.names, attached.pointers, strict=True))
+        self._pointers = [pointers[one.name] for one in self._views]
+        self._kernel = kernels.kernel(_FILES, "convert", device.index)
+
+    def enqueue(self, tensors: Sequence[Any], found: int) -> dict[str, Tensor]:
+        """Enqueue it all; the weights, to be held until they were read.
+
+        Args:
+            tensors: what the weights lie in.
+            found: the address of what kernels say.
+        """
+        made = {}
+        if self._count:
+            arena = Arena(self._layout, self._device)
+            self._addresses.note(self._pointers)
+            tables = (self._addresses.address, self._rows.data_ptr(), self._stretches.data_ptr())
+            arguments = (*tables, arena.storage.data_ptr(), int(self._attached.rounding), found)
+            kernels.launch(self._kernel, self._device, (self._count,), (_THREADS,), arguments)
+            made = {one.name: arena.raw(one.name) for one in self._views}
+        with torch.no_grad():
+            for one in self._computed:
+                made[one.name] = self._attached.value(one, tensors)
+        return made
+
+
+def equal_bits(pairs: Mapping[str, tuple[Tensor, Tensor]], device: Any) -> frozenset[str]:
+    """Those of these pairs of dense tensors, of one dtype and shape each, that have the very same bits."""
+    names = [name for name, (one, _) in pairs.items() if one.numel()]
+    parts = [Part(one.dtype, tuple(one.shape), one.numel() * one.element_size()) for one, _ in map(pairs.get, names)]  # type: ignore[misc]
+    pieces = cut(parts, [(row, 0) for row in range(len(names))])
+    same = set(pairs) - set(names)
+    if len(pieces):
+        sides = upload(np.array([[pairs[n][side].data_ptr() for n in names] for side in (0, 1)], np.uint64), device)
+        there, flags = upload(pieces, device), torch.zeros(len(names), dtype=torch.int32, device=device)
+        kernel = kernels.kernel(_FILES, "differ", device.index)
+        arguments = (sides.data_ptr(), sides.data_ptr() + 8 * len(names), there.data_ptr(), flags.data_ptr())
+        kernels.launch(kernel, device, (len(pieces),), (_THREADS,), arguments)
+        same |= {name for name, flag in zip(names, flags.cpu().tolist(), strict=True) if not flag}
+    return frozenset(same)

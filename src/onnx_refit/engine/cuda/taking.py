@@ -1,0 +1,243 @@
+"""Source weights on this device become a weight set there: checked, derived, kept and compared in one pass."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from onnx_refit.engine.cuda import kernels
+from onnx_refit.engine.cuda.arena import Arena, Layout
+from onnx_refit.engine.cuda.aside import Marks, Places, PutAside, marks_of
+from onnx_refit.engine.cuda.attached import Attached
+from onnx_refit.engine.cuda.filling import Filler
+from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
+from onnx_refit.engine.cuda.route import Route, equal_bits
+from onnx_refit.engine.cuda.weightset import CudaWeightSet
+from onnx_refit.engine.protocol import Holder, Taken
+from onnx_refit.plan.compiled import CompiledModel
+from onnx_refit.plan.evaluate import affected, required
+from onnx_refit.tensors import Array, TensorSpec
+
+T = TypeVar("T")
+
+_ROUTES = 8  # sets of given weights whose tables are kept
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a set of source weights changes.
+
+    Attributes:
+        given: the source weights.
+        weights: the engine weights that are made anew.
+        layout: of these.
+        whole: whether all source weights are given.
+        aside: of the given weights that are kept as they are.
+        others: source weights that are read too, and that the version before has.
+    """
+
+    given: tuple[str, ...]
+    weights: frozenset[str]
+    layout: Layout
+    whole: bool
+    aside: Layout
+    others: tuple[str, ...]
+
+
+class Taker:
+    """Takes source weights that lie on one device. Not thread-safe: refits come one at a time.
+
+    Args:
+        compiled: the plan's portable part.
+        layout: of a whole weight set.
+        filler: makes engine weights that kernels of ours do not.
+        device: where.
+        real: the dtype that stands for float32.
+        recoverable: source weight -> the engine weight that holds it bit for bit.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        layout: Layout,
+        filler: Filler,
+        device: Any,
+        real: Any,
+        recoverable: Mapping[str, str],
+    ) -> None:
+        self._compiled = compiled
+        self._layout = layout
+        self._filler = filler
+        self._device = device
+        self._real = real
+        self._recoverable = recoverable
+        self._specs: Mapping[str, TensorSpec] = {source.spec.name: source.spec for source in compiled.sources}
+        self._kernels = device.type == "cuda" and kernels.available()
+        self._wanted: OrderedDict[tuple[str, ...], Wanted] = OrderedDict()
+        self._routes: OrderedDict[tuple[str, ...], Route] = OrderedDict()
+        self._positions: Mapping[str, Array] | None = None
+        self._places: Places | None = None
+
+    def take(
+        self,
+        attached: Attached,
+        tensors: Sequence[Any],
+        base: CudaWeightSet,
+        holder: Holder,
+        positions: Mapping[str, Array],
+        before: Mapping[str, bytes],
+        *,
+        look: bool,
+    ) -> Taken | None:
+        """See ``InPlace.take``; everything is done when it returns."""
+        wanted = self._wanted.get(attached.names) or self._want(attached.names)
+        if positions is not self._positions:
+            self._positions, self._places = positions, Places(self._specs, positions)
+            self._routes.clear()
+        places = self._places
+        assert places is not None
+        known = before if isinstance(before, Marks) and before.there.device == self._device else None
+        marks = known if known is not None else marks_of(before, places, self._device)
+        held = attached.held  # then kernels may start before the tensors are looked at
+        if not held and not (attached.there(tensors) and attached.alike(tensors)):
+            return None
+        arena = Arena(wanted.layout, self._device)
+        aside = Arena(wanted.aside, self._device)
+        after = torch.empty_like(marks.there) if wanted.whole else marks.there.clone()
+        if not self._kernels:
+            alike = self._one_by_one(attached, tensors, wanted, base, holder, arena, aside, marks, after, look=look)
+        else:
+            route = self._routes.get(attached.names) or self._route(wanted, places)
+            others = {name: self._other(name, base, holder) for name in wanted.others}
+            try:
+                route.enqueue(attached, tensors, others, arena, aside, marks.there, after, self._filler)
+                if held and not (attached.there(tensors) and attached.alike(tensors)):
+                    return None
+            finally:
+                kernels.synchronize(self._device)
+            alike = route.alike(look=look)
+        if alike is None:
+            return None
+        kept, now = PutAside(aside, self._specs), Marks(after, places)
+        if wanted.layout is self._layout:
+            return Taken(CudaWeightSet(arena), kept, now, alike)
+        everywhere = {**base.places, **dict.fromkeys(wanted.weights, arena)}
+        shared = sum(self._layout.slots[name].nbytes for name in everywhere if name not in wanted.weights)
+        return Taken(CudaWeightSet(arena, everywhere, shared), kept, now, alike)
+
+    def _want(self, given: tuple[str, ...]) -> Wanted:
+        program, kept = self._compiled.program, self._specs.keys() - self._recoverable.keys()
+        whole = len(given) == len(self._specs)
+        weights = frozenset(self._layout.slots) if whole else affected(program, frozenset(given))
+        aside = Layout([self._specs[name] for name in given if name in kept], torch.float32)
+        needed = required(program, weights) - frozenset(given)
+        others = tuple(name for name in self._specs if name in needed)
+        layout = self._layout if len(weights) == len(self._layout.slots) else self._layout.part(weights)
+        return _remember(self._wanted, given, Wanted(given, weights, layout, whole, aside, others))
+
+    def _route(self, wanted: Wanted, places: Places) -> Route:
+        formulas = {name: self._filler.formulas[name] for name in wanted.weights if name in self._filler.formulas}
+        route = Route(
+            wanted.given, wanted.others, wanted.layout, wanted.aside, formulas, self._specs, places, self._device
+        )
+        return _remember(self._routes, wanted.given, route)
+
+    def _other(self, name: str, base: CudaWeightSet, holder: Holder) -> Tensor:
+        """A source weight of the version before, dense, flat or in its shape."""
+        engine = self._recoverable.get(name)
+        if engine is not None:
+            raw = base.places[engine].raw(engine)
+            return raw.view(self._specs[name].static_shape)
+        held = holder(name)
+        if isinstance(held, PutAside) and held.device == self._device:
+            return held.there(name).view(self._specs[name].static_shape)
+        spec = self._specs[name]
+        array = np.ascontiguousarray(held[name]).reshape(-1).view(np.uint8)
+        flat = torch.from_numpy(array.copy()).to(self._device)
+        return flat.view(torch_dtype(spec.dtype, name)).view(spec.static_shape)
+
+    def _one_by_one(
+        self,
+        attached: Attached,
+        tensors: Sequence[Any],
+        wanted: Wanted,
+        base: CudaWeightSet,
+        holder: Holder,
+        arena: Arena,
+        aside: Arena,
+        marks: Marks,
+        after: Tensor,
+        *,
+        look: bool,
+    ) -> tuple[str, ...] | None:
+        """The same by PyTorch's operators, where there is no CuPy or no GPU."""
+        if not (attached.there(tensors) and attached.alike(tensors)):
+            return None
+        places = self._places
+        assert places is not None
+        values: dict[str, Tensor] = {}
+        old, new = (one.view(torch.int64).view(-1, 32) for one in (marks.there, after))
+        alike = []
+        for one in attached.lying:
+            given = attached.value(one, tensors)
+            value = given.to(torch_dtype(self._specs[one.name].dtype, one.name)).contiguous()
+            values[one.name] = value
+            if value.is_floating_point() and not _sound(given, value, rounding=attached.rounding, look=look):
+                return None
+            row = places.row[one.name]
+            count = places.lengths[row]
+            at = torch.from_numpy(places.positions[row, :count]).to(self._device)
+            new[row, :count] = _words(value.reshape(-1)[at])
+            if torch.equal(new[row, :count], old[row, :count]):
+                alike.append(one.name)
+            if one.name in wanted.aside.slots:
+                aside.raw(one.name).copy_(value.reshape(-1))
+        others = {name: self._other(name, base, holder) for name in wanted.others}
+        self._filler.fill(arena, {**values, **others}, wanted.weights)
+        if self._device.type == "cuda":
+            kernels.synchronize(self._device)
+        return tuple(alike)
+
+    def equal(
+        self, names: Sequence[str], left: tuple[CudaWeightSet, Holder], right: tuple[CudaWeightSet, Holder]
+    ) -> frozenset[str]:
+        """See ``InPlace.equal``."""
+        pairs = {name: (self._other(name, *left), self._other(name, *right)) for name in names}
+        if not self._kernels:
+            return frozenset(name for name, (one, other) in pairs.items() if _same_bits(one, other))
+        return equal_bits(pairs, self._device)
+
+
+def _remember(cache: OrderedDict[tuple[str, ...], T], key: tuple[str, ...], value: T) -> T:
+    cache[key] = value
+    while len(cache) > _ROUTES:
+        cache.popitem(last=False)
+    return value
+
+
+def _sound(given: Tensor, value: Tensor, *, rounding: bool, look: bool) -> bool:
+    """Whether a weight may be taken: finite, and unchanged by its cast."""
+    cast = given.dtype is not value.dtype
+    if (look or cast) and not bool(torch.isfinite(given).all()):
+        return False
+    if not cast:
+        return True
+    return bool(torch.isfinite(value).all() if rounding else (value.to(given.dtype) == given).all())
+
+
+def _words(elements: Tensor) -> Tensor:
+    """The bits of elements, each in 8 bytes."""
+    width = elements.element_size()
+    found = torch.zeros((len(elements), 8), dtype=torch.uint8, device=elements.device)
+    found[:, :width] = elements.contiguous().view(torch.uint8).view(-1, width)
+    return found.view(torch.int64).view(-1)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    left, right = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return bool(torch.equal(left, right))
