@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onnx_refit.engine.base import CompiledBackend
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout
 from onnx_refit.engine.cuda.attached import Attached, attach
@@ -27,12 +28,12 @@ from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import Holder, Inspector, Taken, WeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
-from onnx_refit.plan.evaluate import affected, required
-from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from onnx_refit.plan.evaluate import affected
+from onnx_refit.tensors import Array, numpy_dtype
 from onnx_refit.weights.provenance.expression import Expression
 
 
-class CudaBackend:
+class CudaBackend(CompiledBackend):
     """A compiled model on one device. Thread-safe; make one with ``create``.
 
     Args:
@@ -48,7 +49,7 @@ class CudaBackend:
     def __init__(
         self, compiled: CompiledModel, device: str, options: CudaOptions, choice: Choice | None = None
     ) -> None:
-        self._compiled = compiled
+        super().__init__("cuda", compiled)
         self._options = options
         self._real = real_dtype(torch, options.precision)
         self.choice = candidates(compiled, device, options)[0] if choice is None else choice
@@ -68,22 +69,6 @@ class CudaBackend:
         }
         self._taker = Taker(compiled, self._layout, self._filler, self.device, self._real, self._recoverable)
         self._refits = threading.Lock()
-        self._closed = False
-
-    @property
-    def name(self) -> str:
-        """The engine's name."""
-        return "cuda"
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        """The model's inputs."""
-        return self._compiled.inputs
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        """The model's outputs."""
-        return self._compiled.outputs
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -107,10 +92,6 @@ class CudaBackend:
             verdict = Verdict.ACCEPTED if usable else Verdict.REJECTED
             fixed.append(Decision("LSTM, GRU", "persistent kernels where the hidden size fits", verdict, reason))
         return (*fixed, *self.runner.decisions)
-
-    def required(self, changed: frozenset[str]) -> frozenset[str]:
-        """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
-        return required(self._compiled.program, affected(self._compiled.program, changed))
 
     @property
     def recoverable(self) -> frozenset[str]:
@@ -265,10 +246,6 @@ class CudaBackend:
         if not self._closed:
             self._closed = True
             self.runner.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("the engine is closed")
 
     def _finish(self) -> None:
         if self.device.type == "cuda":

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import onnxruntime as ort
 
+from onnx_refit.engine.base import CompiledBackend
 from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
 from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
@@ -61,13 +62,13 @@ def create(
         return OnnxRuntimeBackend(compiled, specialised, other, key)
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(CompiledBackend):
     """A compiled model on this host's processor. Thread-safe; make one with ``create``."""
 
     def __init__(
         self, compiled: CompiledModel, specialised: Specialised, options: OnnxRuntimeOptions, key: str
     ) -> None:
-        self._compiled = compiled
+        super().__init__("onnxruntime", compiled)
         self._specialised = specialised
         sources = {source.spec.name: source.spec for source in compiled.sources}
         self._specs = {name: recipe.spec for name, recipe in specialised.buffers.items()}
@@ -86,7 +87,6 @@ class OnnxRuntimeBackend:
             self._session = make_session(specialised.model, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)
         self._key = key
-        self._closed = False
         self._second: SecondTier | None = None
         # Each session reads its own weights; what only the second tier reads is no input of the first one's session.
         weights = frozenset(value.name for value in specialised.model.graph.input) - {s.name for s in compiled.inputs}
@@ -100,21 +100,6 @@ class OnnxRuntimeBackend:
         """Make what the first weights need; NoHostError where sessions with writable weights cannot be made."""
         if self._hosts is not None:
             self._hosts.prepare()
-
-    @property
-    def name(self) -> str:
-        """The engine's name."""
-        return "onnxruntime"
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        """The model's inputs."""
-        return self._compiled.inputs
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        """The model's outputs."""
-        return self._compiled.outputs
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -222,10 +207,6 @@ class OnnxRuntimeBackend:
             self._second.close()
         self._deriver.close()
         self._pool.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("the engine is closed")
 
 
 def _host(buffers: Mapping[str, Buffer]) -> Host:

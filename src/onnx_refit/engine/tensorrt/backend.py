@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from onnx_refit.engine.base import CompiledBackend
 from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.engine.tensorrt.artefact import Conditions, conditions_of, obstacle, pack, unpack
 from onnx_refit.engine.tensorrt.bindings import Bindings, find_bindings
@@ -113,7 +114,7 @@ def _fixed_decisions(options: TensorRtOptions) -> list[Decision]:
     ]
 
 
-class TensorRtBackend:
+class TensorRtBackend(CompiledBackend):
     """A compiled model on one GPU through TensorRT. Thread-safe; make one with ``create``."""
 
     def __init__(
@@ -128,7 +129,7 @@ class TensorRtBackend:
     ) -> None:
         if options.twins < 1:
             raise EngineError(f"there must be at least one device engine, not {options.twins}")
-        self._compiled = compiled
+        super().__init__("tensorrt", compiled)
         self._device = device
         self._plan, self._conditions = plan, conditions
         self._decisions = decisions
@@ -147,22 +148,6 @@ class TensorRtBackend:
         ]
         twins[0].open()  # a plan that cannot be loaded or refitted says so now, not at the first refit
         self._pool = TwinPool(twins)
-        self._closed = False
-
-    @property
-    def name(self) -> str:
-        """The engine's name."""
-        return "tensorrt"
-
-    @property
-    def inputs(self) -> Sequence[TensorSpec]:
-        """The model's inputs."""
-        return self._compiled.inputs
-
-    @property
-    def outputs(self) -> Sequence[TensorSpec]:
-        """The model's outputs."""
-        return self._compiled.outputs
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -172,10 +157,6 @@ class TensorRtBackend:
     def artefact(self) -> bytes:
         """TensorRT's plan with what must be the same for it to be used again."""
         return pack(self._conditions, self._plan)
-
-    def required(self, changed: frozenset[str]) -> frozenset[str]:
-        """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
-        return required(self._compiled.program, affected(self._compiled.program, changed))
 
     @property
     def recoverable(self) -> frozenset[str]:
@@ -283,8 +264,7 @@ class TensorRtBackend:
             self._device.destroy_stream(stream)
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise EngineError("the engine is closed")
+        super()._check_open()
         self._device.make_current()
 
 
