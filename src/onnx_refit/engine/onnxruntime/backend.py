@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import onnxruntime as ort
@@ -72,6 +72,7 @@ class OnnxRuntimeBackend(CompiledBackend):
         self._specialised = specialised
         sources = {source.spec.name: source.spec for source in compiled.sources}
         self._specs = {name: recipe.spec for name, recipe in specialised.buffers.items()}
+        self._nbytes = sum(spec.nbytes for spec in self._specs.values())
         self._hosts: HostPool | None = None
         if specialised.packed is not None:
             self._hosts = HostPool(specialised.model, specialised.packed, options.threads)
@@ -135,29 +136,27 @@ class OnnxRuntimeBackend(CompiledBackend):
     ) -> OnnxRuntimeWeightSet:
         """A new weight set from source weights; see ``Backend.derive``."""
         self._check_open()
-        held: dict[str, Buffer] = {}
-        renew = frozenset(self._specs)
-        if base is not None and changed is not None:
-            held = dict(_own(base).buffers)
+        earlier = None if base is None else _own(base)
+        held: Mapping[str, Buffer] = {}
+        renew: Set[str] = self._specs.keys()
+        if earlier is not None and changed is not None:
+            held = earlier.buffers
             renew = self._deriver.affected(changed)
         self._pool.touch()
         lease, hosted = self._lease(held, renew)
-        fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in self._specs if n in renew}
+        fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in renew}
         self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()}, inspector)
         if lease is not None:
             lease.settle(hosted.keys() & renew)
-        buffers = {**held, **hosted, **fresh}
-        shared = sum(buffer.spec.nbytes for name, buffer in held.items() if buffers[name] is buffer)
-        made = self._weight_set(buffers, shared)
+        made = self._weight_set(earlier if held else None, {**hosted, **fresh})
         if self._second is not None:
-            earlier = None if base is None else _own(base)
             if earlier is not None and earlier.full_speed.done() and not self._second.baked & fresh.keys():
                 made.promote(earlier.runner.session)  # it bakes in nothing that changed
             else:
                 self._second.ask(made)
         return made
 
-    def _lease(self, held: Mapping[str, Buffer], renew: frozenset[str]) -> tuple[Lease | None, Mapping[str, Buffer]]:
+    def _lease(self, held: Mapping[str, Buffer], renew: Set[str]) -> tuple[Lease | None, Mapping[str, Buffer]]:
         """A session to write these engine weights into, and all the weights that it holds; none where none changes."""
         if self._hosts is None or not self._hosts.specs.keys() & renew:
             return None, {}
@@ -167,11 +166,18 @@ class OnnxRuntimeBackend(CompiledBackend):
             lease.host.copy(left, _host(held))
         return lease, lease.buffers()
 
-    def _weight_set(self, buffers: Mapping[str, Buffer], shared: int) -> OnnxRuntimeWeightSet:
-        session = self._session or _host(buffers).session
-        runner = Runner(session, {n: b for n, b in buffers.items() if n in self._read}, self._outputs)
+    def _weight_set(self, earlier: OnnxRuntimeWeightSet | None, made: Mapping[str, Buffer]) -> OnnxRuntimeWeightSet:
+        """The weight set that has these buffers, and all others of an earlier one's."""
         dead = None if self._second is None else self._second.dead
-        return OnnxRuntimeWeightSet(buffers, shared, runner, self._outputs, dead)
+        read = {name: buffer for name, buffer in made.items() if name in self._read}
+        if earlier is None:
+            runner = Runner(self._session or _host(made).session, read, self._outputs)
+            return OnnxRuntimeWeightSet(made, self._nbytes, 0, runner, dead)
+        # Few of many may have changed: nothing here takes a look at each of them.
+        buffers = {**earlier.buffers, **made}
+        runner = earlier.first.renewed(self._session or _host(buffers).session, read)
+        shared = self._nbytes - sum(buffer.spec.nbytes for buffer in made.values())
+        return OnnxRuntimeWeightSet(buffers, self._nbytes, shared, runner, dead)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

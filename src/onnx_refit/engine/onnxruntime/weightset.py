@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import onnxruntime as ort
@@ -60,7 +61,7 @@ class Runner:
         self.session = session
         self._values: dict[str, Value] = {name: buffer.storage.value for name, buffer in weights.items()}
         self._arrays = {name: buffer.array for name, buffer in weights.items()}
-        self._outputs = tuple(outputs)
+        self.outputs = tuple(outputs)
         self._plain = (
             len(weights) <= _FEW
             and not any(is_extension(array.dtype) for array in self._arrays.values())
@@ -68,14 +69,23 @@ class Runner:
         )
         self._idle: list[Binding] = []
 
+    def renewed(self, session: ort.InferenceSession, weights: Mapping[str, Buffer]) -> Runner:
+        """One of the same model with these of the weights replaced, made without a look at the others."""
+        made = copy(self)
+        made.session = session
+        made._values = self._values | {name: buffer.storage.value for name, buffer in weights.items()}
+        made._arrays = self._arrays | {name: buffer.array for name, buffer in weights.items()}
+        made._idle = []
+        return made
+
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; EngineError where ONNX Runtime fails."""
         if self._plain and not any(is_extension(array.dtype) for array in inputs.values()):
-            return run_plain(self.session, self._outputs, {**self._arrays, **inputs})
+            return run_plain(self.session, self.outputs, {**self._arrays, **inputs})
         try:
             binding = self._idle.pop()
         except IndexError:
-            binding = Binding(self.session, self._values, self._outputs)
+            binding = Binding(self.session, self._values, self.outputs)
         try:
             # Not given back after a failure: what it then holds is unknown.
             results = binding.run((name, np.asarray(array, order="C")) for name, array in inputs.items())
@@ -90,29 +100,30 @@ class OnnxRuntimeWeightSet:
 
     Attributes:
         buffers: engine weight -> buffer.
+        first: what runs it at first.
         runner: what runs it now.
         answered: set once it has answered a request.
 
     Args:
         buffers: every engine weight.
+        nbytes: bytes of them all.
         shared_nbytes: bytes of those that another set has too.
         runner: what runs it at first.
-        outputs: the model's outputs.
         dead: takes the promoted runner when the set dies; None where there is only one tier.
     """
 
     def __init__(
         self,
         buffers: Mapping[str, Buffer],
+        nbytes: int,
         shared_nbytes: int,
         runner: Runner,
-        outputs: Sequence[str],
         dead: list[object] | None,
     ) -> None:
         self.buffers = buffers
-        self.runner = runner
+        self.first = self.runner = runner
+        self._nbytes = nbytes
         self._shared = shared_nbytes
-        self._outputs = tuple(outputs)
         self._tiers = Tiers(done=dead is None)
         self._dead = dead
         self._promoted = False
@@ -128,7 +139,7 @@ class OnnxRuntimeWeightSet:
     @property
     def nbytes(self) -> int:
         """Bytes of all its engine weights, shared ones included."""
-        return sum(buffer.spec.nbytes for buffer in self.buffers.values())
+        return self._nbytes
 
     @property
     def shared_nbytes(self) -> int:
@@ -147,7 +158,8 @@ class OnnxRuntimeWeightSet:
     def promote(self, session: ort.InferenceSession | None) -> None:
         """Run on this session from now on, which holds the weights itself; None: it will never come."""
         if session is not None:
-            self.runner = Runner(session, {}, self._outputs)
+            self.runner = Runner(session, {}, self.first.outputs)
+            self.first = self.first.renewed(self.first.session, {})  # without the bindings, which hold memory
             self._promoted = True
         self._tiers.decide(reached=session is not None)
 
