@@ -14,9 +14,10 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
 from onnx_refit.model.counting import positions
-from onnx_refit.model.edit import Builder, copy_model, is_onnx, label, prune_upwards, replace_node
-from onnx_refit.model.graph import all_graphs, attribute, opset, producers
-from onnx_refit.model.passes import Blocker, Change, PassResult, Rewrite
+from onnx_refit.model.edit import Builder, is_onnx, label, prune_upwards, replace_node
+from onnx_refit.model.graph import attribute, producers
+from onnx_refit.model.nodewise import Facts, NodeRewrite, Site
+from onnx_refit.model.passes import Blocker, Change
 from onnx_refit.model.shapes import Dims, Shapes, product
 
 _NUMERIC = frozenset(
@@ -58,34 +59,24 @@ class _Axis:
         return product([size for place, size in enumerate(dims) if place != self.axis % len(dims)])
 
 
-class SelectByArgMax(Rewrite):
+class SelectByArgMax(NodeRewrite):
     """Hardmax -> Cast -> (Reshape, ...) -> Compress becomes ArgMax -> Gather."""
 
     name = "select-by-argmax"
+    operator = "Compress"
 
-    def call(self, model: ModelProto) -> PassResult:
-        """Run the pass on a copy of the model."""
-        graphs = list(all_graphs(model.graph))
-        if not any(is_onnx(node, "Hardmax") for graph in graphs for node in graph.node):
-            return PassResult(model)
-        copy = copy_model(model)
-        shapes, version = Shapes(model), opset(model) or 1
-        changes: list[Change] = []
-        for graph in all_graphs(copy.graph):
-            for node in list(graph.node):
-                if is_onnx(node, "Compress"):
-                    changes.extend(_select(copy, graph, node, shapes, version))
-        return PassResult(copy if changes else model, tuple(changes))
+    def rewrite(self, site: Site) -> list[Change]:
+        """Rewrite one Compress whose condition marks one maximum; nothing where it is something else."""
+        return _select(site.model, site.graph, site.node, site.facts)
 
 
-def _select(model: ModelProto, graph: GraphProto, compress: NodeProto, shapes: Shapes, version: int) -> list[Change]:
-    """Rewrite one Compress whose condition marks one maximum; nothing where it is something else."""
+def _select(model: ModelProto, graph: GraphProto, compress: NodeProto, facts: Facts) -> list[Change]:
     chain = _condition_chain(graph, compress.input[1])
     if chain is None:
         return []
-    hardmax = chain[0]
+    hardmax, shapes = chain[0], facts.shapes
     dims = shapes.dims(hardmax.input[0])
-    kind = _Axis.of(hardmax, version)
+    kind = _Axis.of(hardmax, facts.opset)
     if not (_picks_one(compress, shapes) or (dims and kind.rows(dims) == 1)):
         return []  # several maxima: ReplaceHardmax and ReplaceCompress do what is right in general
     build = Builder(model, graph)
@@ -144,38 +135,26 @@ def _condition_chain(graph: GraphProto, name: str) -> list[NodeProto] | None:
     return None
 
 
-class ReplaceHardmax(Rewrite):
+class ReplaceHardmax(NodeRewrite):
     """Hardmax becomes ArgMax and a comparison of every place with it."""
 
     name = "replace-hardmax"
+    operator = "Hardmax"
 
-    def call(self, model: ModelProto) -> PassResult:
-        """Run the pass on a copy of the model."""
-        graphs = list(all_graphs(model.graph))
-        if not any(is_onnx(node, "Hardmax") for graph in graphs for node in graph.node):
-            return PassResult(model)
-        copy = copy_model(model)
-        shapes, version = Shapes(model), opset(model) or 1
-        changes: list[Change] = []
-        blockers: list[Blocker] = []
-        for graph in all_graphs(copy.graph):
-            for node in list(graph.node):
-                if not is_onnx(node, "Hardmax"):
-                    continue
-                if version < 9:
-                    reason = f"opset {version} has no operators to say it in; convert the model to opset 9 or later"
-                    blockers.append(Blocker(label(node), "Hardmax", reason))
-                    continue
-                dims, code = shapes.dims(node.input[0]), shapes.element_type(node.input[0])
-                kind = _Axis.of(node, version)
-                if not dims and kind.flattens and kind.axis >= 0:
-                    dims = (None,) * max(3, kind.axis + 2)  # of unknown rank: all that flattening needs to know
-                if not dims or code is None:
-                    unknown = "type" if code is None else "rank"
-                    blockers.append(Blocker(label(node), "Hardmax", f"the {unknown} of its input is not known"))
-                    continue
-                changes.append(_compare(copy, graph, node, dims, code, version))
-        return PassResult(copy if changes else model, tuple(changes), tuple(blockers))
+    def rewrite(self, site: Site) -> list[Change | Blocker]:
+        """Replace one Hardmax, where its type and rank are known."""
+        node, shapes, version = site.node, site.facts.shapes, site.facts.opset
+        if version < 9:
+            reason = f"opset {version} has no operators to say it in; convert the model to opset 9 or later"
+            return [Blocker(label(node), "Hardmax", reason)]
+        dims, code = shapes.dims(node.input[0]), shapes.element_type(node.input[0])
+        kind = _Axis.of(node, version)
+        if not dims and kind.flattens and kind.axis >= 0:
+            dims = (None,) * max(3, kind.axis + 2)  # of unknown rank: all that flattening needs to know
+        if not dims or code is None:
+            unknown = "type" if code is None else "rank"
+            return [Blocker(label(node), "Hardmax", f"the {unknown} of its input is not known")]
+        return [_compare(site.model, site.graph, node, dims, code, version)]
 
 
 def _compare(model: ModelProto, graph: GraphProto, node: NodeProto, dims: Dims, code: int, version: int) -> Change:

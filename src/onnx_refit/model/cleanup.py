@@ -5,36 +5,27 @@ from __future__ import annotations
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
-from onnx_refit.model.edit import Builder, bypass, constant_of, copy_model, insert_before, is_onnx, label, replace_node
-from onnx_refit.model.graph import all_graphs, consumers, opset, reads
+from onnx_refit.model.edit import Builder, bypass, constant_of, copy_model, insert_before, label, replace_node
+from onnx_refit.model.graph import consumers, reads
+from onnx_refit.model.nodewise import NodeRewrite, Site
 from onnx_refit.model.passes import Blocker, Change, PassResult, Rewrite
 from onnx_refit.tensors import is_floating, onnx_dtype_name
 
 
-class RemoveDropout(Rewrite):
+class RemoveDropout(NodeRewrite):
     """Dropout hands its input on at inference."""
 
     name = "remove-dropout"
+    operator = "Dropout"
 
-    def call(self, model: ModelProto) -> PassResult:
-        """Run the pass on a copy of the model."""
-        graphs = list(all_graphs(model.graph))
-        if not any(is_onnx(node, "Dropout") for graph in graphs for node in graph.node):
-            return PassResult(model)
-        copy = copy_model(model)
-        version = opset(model) or 1
-        changes: list[Change] = []
-        blockers: list[Blocker] = []
-        for graph in all_graphs(copy.graph):
-            for node in list(graph.node):
-                if is_onnx(node, "Dropout"):
-                    reason = _why_dropout_stays(copy, graph, node, version)
-                    if reason is not None:
-                        blockers.append(Blocker(label(node), "Dropout", reason))
-                        continue
-                    _remove_dropout(copy, graph, node)
-                    changes.append(Change(label(node), "Dropout", "taken out", "it does nothing at inference"))
-        return PassResult(copy if changes else model, tuple(changes), tuple(blockers))
+    def rewrite(self, site: Site) -> list[Change | Blocker]:
+        """Take one Dropout out, unless it trains."""
+        node = site.node
+        reason = _why_dropout_stays(site.model, site.graph, node, site.facts.opset)
+        if reason is not None:
+            return [Blocker(label(node), "Dropout", reason)]
+        _remove_dropout(site.model, site.graph, node)
+        return [Change(label(node), "Dropout", "taken out", "it does nothing at inference")]
 
 
 def _why_dropout_stays(model: ModelProto, graph: GraphProto, node: NodeProto, version: int) -> str | None:
@@ -70,25 +61,17 @@ def _remove_dropout(model: ModelProto, graph: GraphProto, node: NodeProto) -> No
     bypass(graph, next(n for n in graph.node if n == plain), plain.input[0], plain.output[0])
 
 
-class RemoveIdentity(Rewrite):
+class RemoveIdentity(NodeRewrite):
     """Identity hands its input on; readers read that input instead, so that weights keep their names."""
 
     name = "remove-identity"
+    operator = "Identity"
 
-    def call(self, model: ModelProto) -> PassResult:
-        """Run the pass on a copy of the model."""
-        graphs = list(all_graphs(model.graph))
-        if not any(is_onnx(node, "Identity") for graph in graphs for node in graph.node):
-            return PassResult(model)
-        copy = copy_model(model)
-        changes: list[Change] = []
-        for graph in all_graphs(copy.graph):
-            for node in list(graph.node):
-                if is_onnx(node, "Identity"):
-                    change = Change(label(node), "Identity", "taken out", "it only hands a value on")
-                    if bypass(graph, node, node.input[0], node.output[0]):
-                        changes.append(change)
-        return PassResult(copy if changes else model, tuple(changes))
+    def rewrite(self, site: Site) -> list[Change]:
+        """Take one Identity out, where its readers can read what it reads."""
+        node = site.node
+        change = Change(label(node), "Identity", "taken out", "it only hands a value on")
+        return [change] if bypass(site.graph, node, node.input[0], node.output[0]) else []
 
 
 class RemoveUnusedConstants(Rewrite):

@@ -5,36 +5,27 @@ from __future__ import annotations
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto
 
-from onnx_refit.model.edit import Builder, constant_of, copy_model, is_onnx, label, replace_node
+from onnx_refit.model.edit import Builder, constant_of, is_onnx, label, replace_node
 from onnx_refit.model.graph import all_graphs, attribute
-from onnx_refit.model.passes import Change, PassResult, Rewrite
+from onnx_refit.model.nodewise import NodeRewrite, Site
+from onnx_refit.model.passes import Change
 from onnx_refit.model.shapes import Shapes
 
 
-class ReplaceCompress(Rewrite):
+class ReplaceCompress(NodeRewrite):
     """Compress by a constant condition becomes Gather of constant places; by any other, NonZero -> Gather."""
 
     name = "replace-compress"
+    operator = "Compress"
 
     def ensures(self, model: ModelProto) -> str | None:
         """No Compress is left."""
         left = [label(n) for graph in all_graphs(model.graph) for n in graph.node if is_onnx(n, "Compress")]
         return f"{left[0]} is still a Compress" if left else None
 
-    def call(self, model: ModelProto) -> PassResult:
-        """Run the pass on a copy of the model."""
-        graphs = list(all_graphs(model.graph))
-        if not any(is_onnx(node, "Compress") for graph in graphs for node in graph.node):
-            return PassResult(model)
-        copy = copy_model(model)
-        shapes = Shapes(model)
-        changes = [
-            _replace(copy, graph, node, shapes)
-            for graph in all_graphs(copy.graph)
-            for node in list(graph.node)
-            if is_onnx(node, "Compress")
-        ]
-        return PassResult(copy, tuple(changes))
+    def rewrite(self, site: Site) -> list[Change]:
+        """Replace one Compress."""
+        return [_replace(site.model, site.graph, site.node, site.facts.shapes)]
 
 
 def _replace(model: ModelProto, graph: GraphProto, node: NodeProto, shapes: Shapes) -> Change:
