@@ -5,14 +5,14 @@ All functions change the graph they are given: a pass calls them on its own copy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
-from onnx_refit.model.graph import Names, all_graphs, attribute, producers, reads, subgraphs
+from onnx_refit.model.graph import Names, attribute, producers, reads, subgraphs
 from onnx_refit.tensors import Array
 
 
@@ -193,9 +193,3 @@ class Builder:
         result = output or self._names.fresh(f"{title}_output")
         self.nodes.append(onnx.helper.make_node(op_type, list(inputs), [result], name=title, **attributes))
         return result
-
-
-def each_graph(model: ModelProto, visit: Callable[[GraphProto], None]) -> None:
-    """Visit the main graph and every graph nested in it."""
-    for graph in list(all_graphs(model.graph)):
-        visit(graph)
