@@ -52,6 +52,18 @@ def test_inputs_that_are_no_npz_file_say_how_to_write_one(place: Path, capsys: p
         assert "no npz file of plain arrays. Write one with numpy.savez" in capsys.readouterr().err
 
 
+def test_a_portable_plan_is_built_for_an_engine_that_is_not_here_and_runs_where_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan = str(place / "mlp.onnx"), place / "portable.plan"
+    assert main(["build", model, "-o", str(plan), "--engine", "tensorrt", "--portable"]) == 0
+    assert onnx_refit.Plan.load(plan).engine == "tensorrt"
+    assert main(["build", model, "-o", str(plan), "--portable"]) == 0
+    assert main(["run", str(plan), "--input", str(place / "in.npz"), "-o", str(place / "out.npz")]) == 0
+    wanted = mlp_reference(mlp_weights(), mlp_input())
+    np.testing.assert_allclose(np.load(place / "out.npz")["y"], wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_refit_writes_a_second_plan(place: Path) -> None:
     other = place / "other.plan"
     assert main(["refit", str(place / "mlp.plan"), str(place / "one.safetensors"), "-o", str(other)]) == 0

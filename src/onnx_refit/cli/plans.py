@@ -79,6 +79,7 @@ def prepare_command(model: Path, output: Path, engine: str, as_json: bool) -> No
 @click.option("--refittable", multiple=True, help="A tensor to make refittable that would stay constant (repeatable).")
 @click.option("--constant", multiple=True, help="A tensor to keep constant (repeatable).")
 @click.option("--strip", is_flag=True, help="Leave the weights out of the plan.")
+@click.option("--portable", is_flag=True, help="Leave what is for this machine to the one that loads the plan.")
 @json_option
 def build_command(
     model: Path,
@@ -88,13 +89,14 @@ def build_command(
     refittable: tuple[str, ...],
     constant: tuple[str, ...],
     strip: bool,
+    portable: bool,
     as_json: bool,
 ) -> None:
     """Compile MODEL into a plan: one file, ready to load and to refit."""
     refuse_overwrite(output, model)
     started = time.perf_counter()
     with spinner(f"compiling {model}", quiet=as_json):
-        options = api.BuildOptions(refittable=refittable, constant=constant)
+        options = api.BuildOptions(refittable=refittable, constant=constant, specialise=not portable)
         plan = api.build(model, engine=engine, checkpoint=checkpoint, options=options)
     plan.save(output, strip=strip)
     seconds = time.perf_counter() - started
