@@ -111,6 +111,18 @@ def test_any_order_of_refits_and_rollbacks(engine: onnx_refit.Engine, seed: int)
                 require_answers(engine, held[info.number], info.number)
 
 
+def test_it_does_not_matter_in_how_many_steps_weights_came(plan: onnx_refit.Plan) -> None:
+    """What a partial refit computes of few weights is to the bit what a refit of all computes of them."""
+    wanted = weights_of(9)
+    names = sorted(wanted)
+    with onnx_refit.load(plan) as whole, onnx_refit.load(plan) as parts:
+        whole.refit(wanted)
+        for begin in range(0, len(names), 3):
+            parts.refit({name: wanted[name] for name in names[begin : begin + 3]}, partial=True)
+        assert whole.run({"x": X})["y"].tobytes() == parts.run({"x": X})["y"].tobytes()
+        assert whole.fingerprint() == parts.fingerprint()
+
+
 def test_versions_share_what_does_not_change(engine: onnx_refit.Engine) -> None:
     """A change of one small weight shares all buffers but the few that read it; of none, all."""
     current = weights_of(0)

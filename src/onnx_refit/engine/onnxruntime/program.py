@@ -18,8 +18,8 @@ from onnx_refit.tensors import Array, TensorSpec, spec_of_value_info, value_info
 class Program:
     """The computed part of a refit program. One computation at a time.
 
-    The values are grouped by what they share: a change of few sources computes few groups, one session each, made when
-    first needed; a change of all runs one session for all.
+    The values are grouped by what they share: a change of few sources computes few groups, in the session of all that
+    have the same form, or in one of their own, made when first needed; a change of all runs one session for all.
 
     Attributes:
         lasting: the values that every computation of all writes into the same memory; known after the first.
@@ -40,6 +40,7 @@ class Program:
         self._groups: dict[str, frozenset[str]] = {}
         self._components: list[Component] = []
         self._batches: list[VectorBatch] | None = None
+        self._members: dict[frozenset[str], tuple[VectorBatch, int]] = {}
         self.lasting: Mapping[str, Array] = {}
         if model is not None and values:
             self._sort(restricted(model, [values[name] for name in sorted(values)]))
@@ -70,8 +71,13 @@ class Program:
                     groups = {frozenset(self._values.keys() - results.keys())}
                 else:
                     groups = {self._groups[name] for name in wanted}
+                    self._all_batches()
                 for group in groups:
-                    if group:
+                    member = self._members.get(group)
+                    if member is not None:
+                        batch, number = member
+                        results.update(batch.compute_one(number, sources))
+                    elif group:
                         binding, inputs, outputs = self._session(group)
                         made = binding.run((name, sources[name]) for name in inputs)
                         results.update(zip(outputs, made, strict=True))
@@ -90,6 +96,9 @@ class Program:
             constants = {tensor.name: tensor for tensor in graph.initializer}
             self._batches = batches(self._components, specs, constants, list(self._model.opset_import))
             self.lasting = {name: array for batch in self._batches for name, array in batch.values.items()}
+            self._members = {
+                frozenset(wanted): (batch, number) for batch in self._batches for number, wanted in batch.members
+            }
         return self._batches
 
     def _session(self, group: frozenset[str]) -> tuple[Binding, tuple[str, ...], tuple[str, ...]]:

@@ -7,15 +7,15 @@ comes out the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from onnx_refit.engine.onnxruntime.native import Outlet, make_session, session_options
-from onnx_refit.tensors import Array, TensorSpec, numpy_dtype, onnx_dtype
+from onnx_refit.engine.onnxruntime.native import Outlet, make_session, run_plain, session_options
+from onnx_refit.tensors import Array, TensorSpec, is_extension, numpy_dtype, onnx_dtype
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Neg", "Reciprocal", "Abs", "Exp", "Identity"})
 _FEWEST = 2
@@ -74,6 +74,7 @@ class VectorBatch:
         session = make_session(
             helper.make_model(graph, opset_imports=list(opsets), ir_version=9), session_options(1, arena=False)
         )
+        self._session, self._inputs, self._wanted = session, inputs, form.wanted
         size, dtype = int(ends[-1]), numpy_dtype(form.dtype)
         self._joined = [np.empty(size, dtype) for _ in inputs]
         results = [np.empty(size, dtype) for _ in form.wanted]
@@ -93,6 +94,18 @@ class VectorBatch:
         for k, joined in enumerate(self._joined):
             np.concatenate([sources[member.inputs[k]] for member in self._members], out=joined)
         self._outlet.run()
+
+    @property
+    def members(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """The number of each component, and what is wanted of it; none where NumPy has no such type."""
+        if not is_extension(self._joined[0].dtype):
+            yield from ((number, member.wanted) for number, member in enumerate(self._members))
+
+    def compute_one(self, number: int, sources: Mapping[str, Array]) -> dict[str, Array]:
+        """The values of one component, in memory of their own; EngineError where ONNX Runtime fails."""
+        member = self._members[number]
+        feeds = {name: sources[source] for name, source in zip(self._inputs, member.inputs, strict=True)}
+        return dict(zip(member.wanted, run_plain(self._session, self._wanted, feeds), strict=True))
 
 
 def batches(
