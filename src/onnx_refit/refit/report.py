@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
 
 from onnx_refit.engine.protocol import FullSpeed
 from onnx_refit.refit.check_report import CheckReport
@@ -19,6 +20,44 @@ GB = 1e9
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e5 else f"{nbytes} bytes"
+
+
+class Others(Sequence[str]):
+    """All names but some, listed when looked at: a partial refit takes less time than that would.
+
+    Args:
+        names: all names, in order.
+        without: those to leave out.
+    """
+
+    def __init__(self, names: Sequence[str], without: Collection[str]) -> None:
+        self._names = names
+        self._without = without
+
+    @cached_property
+    def _listed(self) -> tuple[str, ...]:
+        return tuple(name for name in self._names if name not in self._without)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return self._listed[index]
+
+    def __len__(self) -> int:
+        return len(self._names) - len(self._without)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._listed == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._listed)
+
+    def __repr__(self) -> str:
+        return repr(self._listed)
 
 
 @dataclass(frozen=True)
@@ -41,7 +80,7 @@ class RefitReport:
     previous: int
     source: str
     changed: tuple[str, ...]
-    unchanged: tuple[str, ...]
+    unchanged: Sequence[str]
     nbytes: int
     seconds: Mapping[str, float]
     full_speed: FullSpeed
@@ -104,6 +143,7 @@ class Account:
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self._specs = specs
         self._every = tuple(specs)
+        self._places = {name: place for place, name in enumerate(self._every)}
         self._nbytes = sum(spec.nbytes for spec in specs.values())
 
     def report(self, candidate: Candidate, number: int, previous: int, seconds: Mapping[str, float]) -> RefitReport:
@@ -114,8 +154,8 @@ class Account:
             version=number,
             previous=previous,
             source=candidate.source,
-            changed=self._every if every else tuple(name for name in specs if name in changed),
-            unchanged=() if every else tuple(name for name in specs if name not in changed),
+            changed=self._every if every else tuple(sorted(changed, key=self._places.__getitem__)),
+            unchanged=() if every else Others(self._every, changed),
             nbytes=self._nbytes if every else sum(specs[name].nbytes for name in changed),
             seconds=seconds,
             full_speed=candidate.weights.full_speed,

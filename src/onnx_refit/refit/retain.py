@@ -80,13 +80,12 @@ class _Leased(Mapping[str, Array]):
     """The weights in a leased arena; views are made when asked for, which is seldom."""
 
     def __init__(self, lease: _Lease, layout: Mapping[str, _Place]) -> None:
-        self._lease = lease
+        self._memory: Array = np.asarray(lease)
+        self._memory.flags.writeable = False
         self._layout = layout
 
     def __getitem__(self, name: str) -> Array:
-        array = self._layout[name].view(np.asarray(self._lease))
-        array.flags.writeable = False
-        return array
+        return self._layout[name].view(self._memory)
 
     def __contains__(self, name: object) -> bool:
         return name in self._layout
