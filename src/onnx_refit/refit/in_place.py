@@ -6,6 +6,7 @@ trainer that gives the same tensors again and again pays for their values only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -104,8 +105,9 @@ class InPlaceRefit:
         """
         if self._device is None:
             return None
-        with timed(seconds, "open"):
-            found = self._recognised(source, options)
+        started = time.perf_counter()
+        found = self._recognised(source, options)
+        seconds["open"] = time.perf_counter() - started
         return None if found is None else self._candidate(*found, base, seconds)
 
     def _recognised(self, source: object, options: CheckOptions | None) -> tuple[Known, Sequence[object]] | None:
@@ -206,19 +208,20 @@ class InPlaceRefit:
         self, known: Known, tensors: Sequence[object], base: Version, seconds: dict[str, float]
     ) -> Candidate | None:
         assert self._device is not None
-        with timed(seconds, "derive"):
-            taken = self._device.take(
-                known.attached,
-                tensors,
-                base.weights,
-                base.retained.holder,
-                self._positions,
-                self._sampler.elements(base.samples),
-                look=not known.options.allow_nonfinite,
-            )
-            if taken is None:
-                return None
-            retained = self._retainer.adopt(taken.kept, base.retained)
+        started = time.perf_counter()
+        taken = self._device.take(
+            known.attached,
+            tensors,
+            base.weights,
+            base.retained.holder,
+            self._positions,
+            self._sampler.elements(base.samples),
+            look=not known.options.allow_nonfinite,
+        )
+        seconds["derive"] = time.perf_counter() - started
+        if taken is None:
+            return None
+        retained = self._retainer.adopt(taken.kept, base.retained)
         equal = self._equal(taken, base) if taken.alike else frozenset()
         changed = known.names - equal if equal else known.names
         return Candidate(

@@ -123,8 +123,33 @@ class _Chunk:
         self._arrays = cold.store(self._arrays)
 
 
+class _Throughout(Mapping[str, _Chunk]):
+    """One refit's weights for every name: made at each refit, looked at at few."""
+
+    __slots__ = ("_chunk", "_names")
+
+    def __init__(self, names: Mapping[str, object], chunk: _Chunk) -> None:
+        self._names = names
+        self._chunk = chunk
+
+    def __getitem__(self, name: str) -> _Chunk:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._chunk
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Kept(Mapping[str, Array]):
-    """What a version keeps: each weight with the refit that brought it."""
+    """What a version keeps: each weight with the refit that brought it.
+
+    Args:
+        chunks: weight -> the refit's weights.
+    """
 
     def __init__(self, chunks: Mapping[str, _Chunk]) -> None:
         self.chunks = chunks
@@ -217,7 +242,7 @@ class Retainer:
         self._touch()
         chunk = self._chunk(arrays)
         if len(arrays) == len(self._layout):
-            return Kept(dict.fromkeys(self._layout, chunk))
+            return Kept(_Throughout(self._layout, chunk))
         return Kept({**before.chunks, **dict.fromkeys(arrays, chunk)})
 
     def keep(self, changed: Iterable[str], before: Kept | None) -> Keeping:

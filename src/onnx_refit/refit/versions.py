@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypeAlias
 
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import VersionError
@@ -93,6 +94,9 @@ class Version:
     committed: datetime
 
 
+_Told: TypeAlias = tuple[str, int | None, frozenset[str] | None, datetime, int, int]
+"""What is remembered of a version beside its number: the fields of ``VersionInfo`` from ``source`` on."""
+
 _REMEMBERED = 1000
 """Versions whose description outlives them; an engine may see millions."""
 
@@ -108,7 +112,7 @@ class VersionTable:
     keep: int
     current: Version
     _held: dict[int, Version] = field(default_factory=dict)
-    _infos: dict[int, VersionInfo] = field(default_factory=dict)
+    _infos: dict[int, _Told] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
     _newest: int = 0
 
@@ -163,9 +167,8 @@ class VersionTable:
     def infos(self) -> Iterator[VersionInfo]:
         """Every version remembered, oldest first."""
         for number in sorted(self._infos):
-            info = self._infos[number]
             current, held = number == self.current.number, number in self._held
-            yield VersionInfo(**{**info.__dict__, "current": current, "held": held})
+            yield VersionInfo(number, *self._infos[number], current=current, held=held)
 
     def _remember(self, version: Version) -> None:
         number = version.number
@@ -174,16 +177,14 @@ class VersionTable:
         if number in self._order:
             self._order.remove(number)
         self._order.append(number)
-        self._infos[number] = VersionInfo(
-            number=number,
-            source=version.source,
-            parent=version.parent,
-            changed=version.changed,
-            committed=version.committed,
-            nbytes=version.weights.nbytes,
-            shared_nbytes=version.weights.shared_nbytes,
-            current=True,
-            held=True,
+        weights = version.weights
+        self._infos[number] = (
+            version.source,
+            version.parent,
+            version.changed,
+            version.committed,
+            weights.nbytes,
+            weights.shared_nbytes,
         )
         if len(self._infos) > _REMEMBERED + self.keep:
-            del self._infos[min(n for n in self._infos if n not in self._held)]
+            del self._infos[next(number for number in self._infos if number not in self._held)]

@@ -51,6 +51,11 @@ class Layout:
         real: the dtype that stands for float32.
         plain: those that are views of source weights.
         together: groups of weights that are read as one matrix: each group lies without gaps where sizes allow it.
+
+    Attributes:
+        slots: name -> where it lies.
+        payload: bytes of all slots.
+        nbytes: the same with the gaps between them.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Layout:
                 slots[name] = Slot(spec, dtype, end, nbytes, None if view is None else view.source, strides)
                 end += nbytes
         self.slots: Mapping[str, Slot] = slots
+        self.payload = sum(slot.nbytes for slot in slots.values())
         self.nbytes = _aligned(end, ALIGNMENT)
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -57,6 +57,33 @@ class Lying:
     dense: bool
 
 
+class Form:
+    """Where some tensors lie, and how: asked again at each refit, in few calls. It keeps none of them alive.
+
+    Args:
+        tensors: all tensors.
+        chosen: which of them; None for all.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], chosen: Sequence[int] | None = None) -> None:
+        some = list(tensors) if chosen is None else [tensors[place] for place in chosen]
+        self._choose = None if chosen is None else itemgetter(*chosen) if len(chosen) > 1 else None
+        self._only = chosen[0] if chosen is not None and len(chosen) == 1 else None
+        self.addresses = list(map(torch.Tensor.data_ptr, some))
+        self._same_form = _same_form(some)
+
+    def same(self, tensors: Sequence[Any]) -> bool:
+        """Whether these lie where those did, and have their dtypes, shapes, orders of elements and device."""
+        if self._choose is not None:
+            tensors = self._choose(tensors)
+        elif self._only is not None:
+            tensors = (tensors[self._only],)
+        try:
+            return list(map(torch.Tensor.data_ptr, tensors)) == self.addresses and self._same_form(tensors)
+        except (TypeError, RuntimeError):  # something else by now, or without memory
+            return False
+
+
 class Attached:
     """Tensors that were looked at once; their values are read at each refit. It keeps none of them alive.
 
@@ -66,6 +93,7 @@ class Attached:
         rounding: whether casts may round.
         dense: whether kernels can read all of them as they lie.
         pointers: the address of each weight's first element; 0 for a computed one.
+        form: of all tensors.
 
     Args:
         keys: the tensors' names.
@@ -79,12 +107,13 @@ class Attached:
         self.names = tuple(one.name for one in lying)
         self.rounding = rounding
         self.dense = all(one.dense for one in lying)
+        self.form = Form(tensors)
         self._storages: list[object] = []
         self._keys = tuple(keys)
-        self._addresses = list(map(torch.Tensor.data_ptr, tensors))
-        self._same_form = _same_form(tensors)
+        self._parted: tuple[frozenset[str] | None, tuple[Form, Form]] | None = None
+        addresses = self.form.addresses
         self.pointers = [
-            0 if one.tensor is None else self._addresses[one.tensor] + one.offset * one.dtype.itemsize for one in lying
+            0 if one.tensor is None else addresses[one.tensor] + one.offset * one.dtype.itemsize for one in lying
         ]
 
     @property
@@ -96,16 +125,18 @@ class Attached:
         """Keep the memory of these very tensors from being given back."""
         self._storages = [tensor.untyped_storage() for tensor in tensors]
 
-    def there(self, tensors: Sequence[Any]) -> bool:
-        """Whether these tensors lie where those did."""
-        try:
-            return list(map(torch.Tensor.data_ptr, tensors)) == self._addresses
-        except (TypeError, RuntimeError):  # something else by now, or without memory
-            return False
+    def parted(self, first: frozenset[str], tensors: Sequence[Tensor]) -> tuple[Form, Form]:
+        """The form of the tensors that some weights lie in, and of all others.
 
-    def alike(self, tensors: Sequence[Any]) -> bool:
-        """Whether these tensors have the dtypes, shapes, orders of elements and device that those had."""
-        return self._same_form(tensors)
+        Args:
+            first: those weights, each a view of a tensor.
+            tensors: the tensors; only looked at when this is asked for first, once they are known to be the same.
+        """
+        if self._parted is None or (self._parted[0] is not first and self._parted[0] != first):
+            chosen = {one.tensor for one in self.lying if one.name in first and one.tensor is not None}
+            left = [place for place in range(len(tensors)) if place not in chosen]
+            self._parted = first, (Form(tensors, sorted(chosen)), Form(tensors, left))
+        return self._parted[1]
 
     def value(self, one: Lying, tensors: Sequence[Tensor]) -> Tensor:
         """A weight in the dtype given: a view, or a new tensor where it is computed."""

@@ -253,19 +253,22 @@ class Family:
         self._pieces = upload(np.array(pieces, np.uint32), table.device)
         text = code(lines, varies, deepest, taken)
         self._kernel = kernels.compiled(text, "family", table.device.index, fused=False)
-        self._grid = (-(-self._count // (THREADS // WARP)),)
+        self._grid = -(-self._count // (THREADS // WARP))
         self._tables = (self._members.data_ptr(), self._pieces.data_ptr())
 
-    def enqueue(self, storage: Tensor, kept: int = 0, found: int = 0) -> None:
-        """Compute the weights from the tensors noted last.
+    def prepared(self, found: int) -> kernels.Prepared:
+        """The kernel; it takes the addresses of the weights' storage and of what is kept.
 
         Args:
-            storage: of the weights.
-            kept: the address of what is kept, where a leaf is taken.
             found: the address where an element that is not finite is noted, as a 32-bit word.
         """
-        arguments = (self._table.address, *self._tables, storage.data_ptr(), self._count, kept, found)
-        kernels.launch(self._kernel, self._table.device, self._grid, (THREADS,), arguments)
+        fixed = (self._table.address, *self._tables, self._count, found)
+        return kernels.Prepared(self._kernel, self._table.device, self._grid, THREADS, fixed, 2)
+
+    def enqueue(self, storage: Tensor) -> None:
+        """Compute the weights from the tensors noted last."""
+        arguments = (self._table.address, *self._tables, self._count, 0, storage.data_ptr(), 0)
+        kernels.launch(self._kernel, self._table.device, (self._grid,), (THREADS,), arguments)
 
 
 def families(

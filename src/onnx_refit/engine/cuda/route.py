@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,23 +59,28 @@ class Addresses:
 
 
 class Route:
-    """The tables and kernels for one set of given source weights.
+    """The tables and kernels that take some source weights, and make the engine weights that come of them.
 
     Args:
-        given: the weights given.
-        others: further weights that are read.
-        layout: of the engine weights that are made.
-        aside: of the given weights that are kept.
+        own: the weights given that it looks at, keeps and samples.
+        read: further weights that it reads.
+        weights: the engine weights that it makes.
+        layout: what lies where in their arena.
+        aside: the same of what is kept.
         formulas: engine weights that are elementwise formulas.
         specs: of all source weights.
         places: where samples are taken.
         device: the GPU.
+
+    Attributes:
+        rest: engine weights among these that no kernel of ours makes.
     """
 
     def __init__(
         self,
-        given: Sequence[str],
-        others: Sequence[str],
+        own: Sequence[str],
+        read: Sequence[str],
+        weights: Collection[str],
         layout: Layout,
         aside: Layout,
         formulas: Mapping[str, Formula],
@@ -83,110 +88,130 @@ class Route:
         places: Places,
         device: Any,
     ) -> None:
-        self._given, self._device, self._specs = tuple(given), device, specs
-        self._sources = (*given, *others)
+        self._own, self._read, self._device, self._specs = tuple(own), tuple(read), device, specs
+        self._sources = (*own, *read)
         self._addresses = Addresses(len(self._sources), device)
         index = {name: row for row, name in enumerate(self._sources)}
-        dtypes = [torch_dtype(specs[name].dtype, name) for name in self._sources]
-        self._kinds = upload(np.array([KINDS.get(dtype, 0) for dtype in dtypes], np.int32), device)
-        rows = [places.row[name] for name in given]
-        self._itemsizes = upload(np.array([places.itemsizes[row] for row in rows], np.int32), device)
-        self._rows = upload(np.array(rows, np.int32), device)
-        self._positions = upload(places.positions[rows], device)
         sinks: dict[str, list[tuple[Slot, int]]] = {}
         for slot in layout.plain:
             cast = _cast(slot, specs[str(slot.source)])
-            if cast is not None:
+            if cast is not None and slot.spec.name in weights:
                 sinks.setdefault(str(slot.source), []).append((slot, cast))
         kept = {name: slot.offset for name, slot in aside.slots.items()}
-        takes = {n: kept.get(n, NOWHERE) for n in given if n not in sinks and specs[n].dtype == "float32"}
-        offsets = {name: layout.slots[name].offset for name in formulas}
-        self._families, taken = families(formulas, offsets, self._addresses, index, takes)
-        done = {slot.spec.name for slots in sinks.values() for slot, _ in slots} | formulas.keys()
-        self._rest = frozenset(layout.slots) - done
+        takes = {n: kept.get(n, NOWHERE) for n in own if n not in sinks and specs[n].dtype == "float32"}
+        computed = {name: formula for name, formula in formulas.items() if name in weights}
+        offsets = {name: layout.slots[name].offset for name in computed}
+        made, taken = families(computed, offsets, self._addresses, index, takes)
+        copied = {slot.spec.name for slots in sinks.values() for slot, _ in slots}
+        self.rest = frozenset(weights) - copied - computed.keys()
         parts: list[tuple[int, int, int, int, int, int]] = []
-        for name in given:
+        for name in own:
             if name not in taken:
                 goals = [(slot.offset, cast) for slot, cast in sinks.get(name, [])] or [(NOWHERE, 0)]
                 for turn, (to, cast) in enumerate(goals):
                     keep = kept.get(name, NOWHERE) if turn == 0 else NOWHERE
                     parts += _parts(index[name], specs[name].nbytes, to, keep, cast)
-        self._parts = upload(np.array(parts, _PART), device)
-        self._grid = (len(parts) + -(-len(given) // _SAMPLERS),)
-        self._take = kernels.kernel(_FILES, "take", device.index)
-        self._found = torch.zeros(_EACH + len(given), dtype=torch.int32, pin_memory=True)
+        rows = [places.row[name] for name in own]
+        dtypes = [torch_dtype(specs[name].dtype, name) for name in own]
+        self._found = torch.zeros(_EACH + len(own), dtype=torch.int32, pin_memory=True)
         self._said = memoryview(self._found.numpy())
-        tables = (self._parts, self._kinds, self._itemsizes, self._rows, self._positions)
-        self._tables = (self._addresses.address, *(table.data_ptr() for table in tables), len(given))
+        found = self._found.data_ptr()
+        self._tables = [
+            upload(np.array(parts, _PART), device),
+            upload(np.array([KINDS.get(dtype, 0) for dtype in dtypes], np.int32), device),
+            upload(np.array([places.itemsizes[row] for row in rows], np.int32), device),
+            upload(np.array(rows, np.int32), device),
+            upload(places.positions[rows], device),
+        ]
+        fixed = (self._addresses.address, *(table.data_ptr() for table in self._tables), len(own), found)
+        blocks = len(parts) + -(-len(own) // _SAMPLERS)
+        self._take = kernels.Prepared(kernels.kernel(_FILES, "take", device.index), device, blocks, _THREADS, fixed, 4)
+        self._families = made
+        self._compute = [family.prepared(found) for family in made]
         self._alive: list[object] = []
         self._narrows = any(cast for slots in sinks.values() for _, cast in slots)
         self._casts = False
         self._conversions: tuple[Attached, Conversions] | None = None
+        self._known: tuple[Attached | None, Sequence[int]] = (None, ())
 
     def enqueue(
         self,
+        stream: int,
         attached: Attached,
         tensors: Sequence[Any],
         others: Mapping[str, Tensor],
         arena: Arena,
         aside: Arena,
-        before: Tensor,
-        after: Tensor,
+        before: int,
+        after: int,
         filler: Filler,
     ) -> None:
-        """Enqueue everything, on the current stream.
+        """Enqueue everything.
 
         Args:
+            stream: the current stream.
             attached: where the given weights lie.
             tensors: the tensors they lie in.
-            others: the further weights, dense.
+            others: weights of the version before, dense.
             arena: takes the engine weights.
             aside: takes what is kept.
-            before: samples of the version before.
-            after: takes the new ones.
+            before: the address of the samples of the version before.
+            after: where the new ones go.
             filler: makes what no kernel of ours makes.
 
         Raises:
             EngineError: an operator of the refit program failed.
         """
-        if self._said[_NOT_FINITE] or self._said[_CHANGED] or self._said[_ALIKE]:
+        said = self._said
+        if said[_NOT_FINITE] or said[_CHANGED] or said[_ALIKE]:
             self._found.zero_()
-        found = self._found.data_ptr()
-        pointers: Sequence[int] = attached.pointers
         converted: Mapping[str, Tensor] = {}
-        if not attached.dense:
-            converted = self._convert(attached, tensors, found)
-            pointers = [
-                converted[one.name].data_ptr() if one.name in converted else pointer
-                for one, pointer in zip(attached.lying, pointers, strict=True)
-            ]
-        if others:
-            pointers = [*pointers, *(others[name].data_ptr() for name in self._sources[len(self._given) :])]
-        self._addresses.note(pointers)
-        kept = aside.storage.data_ptr()
-        for family in self._families:
-            family.enqueue(arena.storage, kept, found)
-        arguments = (*self._tables, before.data_ptr(), after.data_ptr(), arena.storage.data_ptr(), kept, found)
-        kernels.launch(self._take, self._device, self._grid, (_THREADS,), arguments)
-        if self._rest:
-            named = {one.name: one for one in attached.lying}
-            sources = {
-                name: others[name]
-                if name in others
-                else converted[name].view(self._specs[name].static_shape)
-                if name in converted
-                else attached.value(named[name], tensors)
-                for name in self._sources
-            }
-            with torch.no_grad():
-                filler.one_by_one(arena, sources, self._rest)
+        if attached.dense and not others:
+            self._addresses.note(self._pointers(attached))
+        else:
+            converted = {} if attached.dense else self._convert(attached, tensors)
+            known = dict(zip(attached.names, attached.pointers, strict=True))
+            moved = {name: tensor.data_ptr() for name, tensor in (*converted.items(), *others.items())}
+            self._addresses.note([moved[name] if name in moved else known[name] for name in self._sources])
+        weights, kept = arena.storage.data_ptr(), aside.storage.data_ptr()
+        for compute in self._compute:
+            compute(stream, weights, kept)
+        self._take(stream, before, after, weights, kept)
         self._casts = self._narrows or not attached.dense
-        self._alive = [converted, others]
+        if self.rest:
+            self._fill(attached, tensors, {**others, **converted}, arena, filler)
+            self._alive = [converted]
 
-    def _convert(self, attached: Attached, tensors: Sequence[Any], found: int) -> Mapping[str, Tensor]:
+    def _pointers(self, attached: Attached) -> Sequence[int]:
+        if self._known[0] is not attached:
+            known = dict(zip(attached.names, attached.pointers, strict=True))
+            self._known = attached, [known[name] for name in self._sources]
+        return self._known[1]
+
+    def _convert(self, attached: Attached, tensors: Sequence[Any]) -> Mapping[str, Tensor]:
         if self._conversions is None or self._conversions[0] is not attached:
             self._conversions = attached, Conversions(attached, self._specs, self._device)
-        return self._conversions[1].enqueue(tensors, found)
+        made = self._conversions[1].enqueue(tensors, self._found.data_ptr())
+        self._alive = [made]
+        return made
+
+    def _fill(
+        self,
+        attached: Attached,
+        tensors: Sequence[Any],
+        dense: Mapping[str, Tensor],
+        arena: Arena,
+        filler: Filler,
+    ) -> None:
+        named = {one.name: one for one in attached.lying}
+        sources = {
+            name: dense[name].view(self._specs[name].static_shape)
+            if name in dense
+            else attached.value(named[name], tensors)
+            for name in self._sources
+        }
+        with torch.no_grad():
+            filler.one_by_one(arena, sources, self.rest)
 
     def alike(self, *, look: bool) -> tuple[str, ...] | None:
         """After everything was waited for: the weights whose samples are those of before; None if one is unsound.
@@ -194,13 +219,14 @@ class Route:
         Args:
             look: whether weights that are not finite are unsound where no cast makes them so.
         """
-        self._alive = []
         said = self._said
+        if self._alive:
+            self._alive = []
         if said[_CHANGED] or (said[_NOT_FINITE] and (look or self._casts)):
             return None
         if not said[_ALIKE]:
             return ()
-        return tuple(self._given[row] for row in np.flatnonzero(np.asarray(said)[_EACH:]).tolist())
+        return tuple(self._own[row] for row in np.flatnonzero(np.asarray(said)[_EACH:]).tolist())
 
 
 def _cast(slot: Slot, spec: TensorSpec) -> int | None:

@@ -66,8 +66,8 @@ __device__ __forceinline__ void compare_samples(
 extern "C" __global__ __launch_bounds__(256) void take(
     const unsigned long long* __restrict__ sources, const Part* __restrict__ parts, const int* __restrict__ kinds,
     const int* __restrict__ itemsizes, const int* __restrict__ rows, const long long* __restrict__ positions,
-    long long tensors, const unsigned long long* __restrict__ before, unsigned long long* __restrict__ after,
-    unsigned char* __restrict__ weights, unsigned char* __restrict__ kept, int* found) {
+    long long tensors, int* found, const unsigned long long* __restrict__ before, unsigned long long* __restrict__ after,
+    unsigned char* __restrict__ weights, unsigned char* __restrict__ kept) {
   const unsigned int samplers = (unsigned int)((tensors + 7) / 8);
   if (blockIdx.x < samplers) {
     const long long tensor = (long long)blockIdx.x * 8 + threadIdx.x / 32;

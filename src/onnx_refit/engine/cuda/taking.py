@@ -26,6 +26,7 @@ from onnx_refit.tensors import Array, TensorSpec
 T = TypeVar("T")
 
 _ROUTES = 8  # sets of given weights whose tables are kept
+_MANY = 48  # weights from which looking at tensors takes as long as taking many of them
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Wanted:
         whole: whether all source weights are given.
         aside: of the given weights that are kept as they are.
         others: source weights that are read too, and that the version before has.
+        first: those given that are worth taking before the others are looked at; none where it does not matter.
     """
 
     given: tuple[str, ...]
@@ -47,6 +49,7 @@ class Wanted:
     whole: bool
     aside: Layout
     others: tuple[str, ...]
+    first: frozenset[str]
 
 
 class Taker:
@@ -79,7 +82,8 @@ class Taker:
         self._specs: Mapping[str, TensorSpec] = {source.spec.name: source.spec for source in compiled.sources}
         self._kernels = device.type == "cuda" and kernels.available()
         self._wanted: OrderedDict[tuple[str, ...], Wanted] = OrderedDict()
-        self._routes: OrderedDict[tuple[str, ...], Route] = OrderedDict()
+        self._routes: OrderedDict[tuple[str, ...], tuple[Route, ...]] = OrderedDict()
+        self._nothing = Arena(Layout([], torch.float32), device)
         self._positions: Mapping[str, Array] | None = None
         self._places: Places | None = None
 
@@ -101,34 +105,65 @@ class Taker:
             self._routes.clear()
         places = self._places
         assert places is not None
-        known = before if isinstance(before, Marks) and before.there.device == self._device else None
+        known = before if type(before) is Marks and before.there.device == self._device else None
         marks = known if known is not None else marks_of(before, places, self._device)
-        held = attached.held  # then kernels may start before the tensors are looked at
-        if not held and not (attached.there(tensors) and attached.alike(tensors)):
-            return None
         arena = Arena(wanted.layout, self._device)
-        aside = Arena(wanted.aside, self._device)
+        aside = Arena(wanted.aside, self._device) if wanted.aside.nbytes else self._nothing
         after = torch.empty_like(marks.there) if wanted.whole else marks.there.clone()
-        if not self._kernels:
-            alike = self._one_by_one(attached, tensors, wanted, base, holder, arena, aside, marks, after, look=look)
+        if self._kernels:
+            alike = self._by_kernels(attached, tensors, wanted, base, holder, arena, aside, marks, after, look=look)
         else:
-            route = self._routes.get(attached.names) or self._route(wanted, places)
-            others = {name: self._other(name, base, holder) for name in wanted.others}
-            try:
-                route.enqueue(attached, tensors, others, arena, aside, marks.there, after, self._filler)
-                if held and not (attached.there(tensors) and attached.alike(tensors)):
-                    return None
-            finally:
-                kernels.synchronize(self._device)
-            alike = route.alike(look=look)
+            alike = self._one_by_one(attached, tensors, wanted, base, holder, arena, aside, marks, after, look=look)
         if alike is None:
             return None
         kept, now = PutAside(aside, self._specs), Marks(after, places)
         if wanted.layout is self._layout:
             return Taken(CudaWeightSet(arena), kept, now, alike)
         everywhere = {**base.places, **dict.fromkeys(wanted.weights, arena)}
-        shared = sum(self._layout.slots[name].nbytes for name in everywhere if name not in wanted.weights)
-        return Taken(CudaWeightSet(arena, everywhere, shared), kept, now, alike)
+        return Taken(CudaWeightSet(arena, everywhere, base.nbytes - wanted.layout.payload), kept, now, alike)
+
+    def _by_kernels(
+        self,
+        attached: Attached,
+        tensors: Sequence[Any],
+        wanted: Wanted,
+        base: CudaWeightSet,
+        holder: Holder,
+        arena: Arena,
+        aside: Arena,
+        marks: Marks,
+        after: Tensor,
+        *,
+        look: bool,
+    ) -> tuple[str, ...] | None:
+        """Everything by kernels of ours; the names whose samples are as before, None where something is wrong.
+
+        Nothing is read before it is known to be there. Where somebody holds the memory it is, and kernels start first;
+        else a few large weights are looked at first, and all others while these are on their way.
+        """
+        routes = self._routes.get(attached.names) or self._route(wanted)
+        first, held = wanted.first, attached.held
+        parted = len(routes) > 1 and attached.dense and not held
+        forms = attached.parted(first, tensors) if parted else (attached.form,)
+        others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
+        stream, old, new = kernels.current_stream(self._device), marks.there.data_ptr(), after.data_ptr()
+        chosen = routes[1:] if parted else routes[:1]
+        try:
+            for route, form in zip(chosen, forms, strict=True):
+                if not held and not form.same(tensors):
+                    return None
+                route.enqueue(stream, attached, tensors, others, arena, aside, old, new, self._filler)
+            if held and not attached.form.same(tensors):
+                return None
+        finally:
+            kernels.wait(stream)
+        alike: tuple[str, ...] = ()
+        for route in chosen:
+            found = route.alike(look=look)
+            if found is None:
+                return None
+            alike += found
+        return alike
 
     def _want(self, given: tuple[str, ...]) -> Wanted:
         program, kept = self._compiled.program, self._specs.keys() - self._recoverable.keys()
@@ -138,14 +173,41 @@ class Taker:
         needed = required(program, weights) - frozenset(given)
         others = tuple(name for name in self._specs if name in needed)
         layout = self._layout if len(weights) == len(self._layout.slots) else self._layout.part(weights)
-        return _remember(self._wanted, given, Wanted(given, weights, layout, whole, aside, others))
+        first = frozenset() if len(given) < _MANY else self._large(weights) & frozenset(given)
+        first = first if 2 * len(first) <= len(given) else frozenset()
+        return _remember(self._wanted, given, Wanted(given, weights, layout, whole, aside, others, first))
 
-    def _route(self, wanted: Wanted, places: Places) -> Route:
+    def _large(self, weights: frozenset[str]) -> frozenset[str]:
+        """The source weights of the largest engine weights, which make up half of all bytes."""
+        sizes = {name: self._layout.slots[name].nbytes for name in weights}
+        left, found = sum(sizes.values()) // 2, set[str]()
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            if left <= 0:
+                break
+            left -= sizes[name]
+            found |= self._compiled.program.dependencies[name]
+        return frozenset(found)
+
+    def _route(self, wanted: Wanted) -> tuple[Route, ...]:
+        """One route for everything, and, where that is worthwhile, two that do the same one after the other."""
         formulas = {name: self._filler.formulas[name] for name in wanted.weights if name in self._filler.formulas}
-        route = Route(
-            wanted.given, wanted.others, wanted.layout, wanted.aside, formulas, self._specs, places, self._device
-        )
-        return _remember(self._routes, wanted.given, route)
+        places = self._places
+        assert places is not None
+
+        def made(own: Sequence[str], weights: frozenset[str]) -> Route:
+            needed = required(self._compiled.program, weights) - frozenset(own)
+            read = [name for name in self._specs if name in needed]
+            layout, aside, specs = wanted.layout, wanted.aside, self._specs
+            return Route(own, read, weights, layout, aside, formulas, specs, places, self._device)
+
+        routes: tuple[Route, ...] = (made(wanted.given, wanted.weights),)
+        if wanted.first and not routes[0].rest and not wanted.others:
+            large = [name for name in wanted.given if name in wanted.first]
+            left = [name for name in wanted.given if name not in wanted.first]
+            own = frozenset(large)
+            early = frozenset(w for w in wanted.weights if self._compiled.program.dependencies[w] <= own)
+            routes = (*routes, made(large, early), made(left, wanted.weights - early))
+        return _remember(self._routes, wanted.given, routes)
 
     def _other(self, name: str, base: CudaWeightSet, holder: Holder) -> Tensor:
         """A source weight of the version before, dense, flat or in its shape."""
@@ -176,7 +238,7 @@ class Taker:
         look: bool,
     ) -> tuple[str, ...] | None:
         """The same by PyTorch's operators, where there is no CuPy or no GPU."""
-        if not (attached.there(tensors) and attached.alike(tensors)):
+        if not attached.form.same(tensors):
             return None
         places = self._places
         assert places is not None

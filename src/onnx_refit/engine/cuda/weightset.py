@@ -50,7 +50,7 @@ class CudaWeightSet:
     @property
     def nbytes(self) -> int:
         """Bytes of all its engine weights, shared ones included."""
-        return sum(arena.layout.slots[name].nbytes for name, arena in self.places.items())
+        return self._shared + self.arena.layout.payload
 
     @property
     def shared_nbytes(self) -> int:
