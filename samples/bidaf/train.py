@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from onnx_refit.errors import MissingExtraError, OnnxRefitError
-from onnx_refit.samples.bidaf.training.errors import StorageError
+from onnx_refit.files import write_error
 
 try:
     import torch  # noqa: F401 - said here, so that its absence gets one clear line
@@ -75,7 +75,7 @@ def train(arguments: argparse.Namespace, observer: ConsoleObserver) -> None:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"the folder cannot be made: {error.strerror}", where=arguments.out) from error
+        raise write_error(arguments.out, error) from error
     trainer = Trainer(corpus, settings, device, arguments.out, observer)
     observer.tell(f"{len(trainer.train_split)} training and {len(trainer.dev_split)} dev questions on {device}")
     if arguments.init:

@@ -72,6 +72,36 @@ def test_refit_writes_a_second_plan(place: Path) -> None:
     np.testing.assert_allclose(np.load(place / "out.npz")["y"], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["diff", "one.safetensors", "two.safetensors", "-o", "one.safetensors"],
+        ["diff", "one.safetensors", "two.safetensors", "--html", "two.safetensors"],
+        ["diff", "one.safetensors", "two.safetensors", "--plot", "two.safetensors"],
+        ["refit", "mlp.plan", "one.safetensors", "-o", "one.safetensors"],
+        ["build", "mlp.onnx", "-o", "one.safetensors", "--checkpoint", "one.safetensors"],
+        ["build", "mlp.onnx", "-o", "mlp.onnx"],
+        ["prepare", "mlp.onnx", "-o", "mlp.onnx"],
+        ["run", "mlp.plan", "--input", "in.npz", "-o", "in.npz"],
+    ],
+)
+def test_what_a_command_reads_is_not_overwritten(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.chdir(place)
+    safetensors.numpy.save_file(mlp_weights(2), "two.safetensors")
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert main(arguments) == 1
+    assert "the output would replace the input. Name another file with -o" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_plot_of_another_kind_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = str(place / "one.safetensors")
+    assert main(["diff", one, one, "--plot", str(place / "change.doc")]) == 1
+    assert "Name a .png or .svg file" in capsys.readouterr().err
+
+
 def test_inspect_shows_weights_and_what_reads_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = run_json(capsys, "inspect", str(place / "mlp.plan"))
     weights = {entry["name"]: entry for entry in shown["weights"]}  # type: ignore[attr-defined]

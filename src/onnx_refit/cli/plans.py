@@ -93,7 +93,7 @@ def build_command(
     as_json: bool,
 ) -> None:
     """Compile MODEL into a plan: one file, ready to load and to refit."""
-    refuse_overwrite(output, model)
+    refuse_overwrite(output, model, *([] if checkpoint is None else [Path(checkpoint)]))
     started = time.perf_counter()
     with spinner(f"compiling {model}", quiet=as_json):
         options = api.BuildOptions(refittable=refittable, constant=constant, specialise=not portable)

@@ -18,6 +18,7 @@ from onnx_refit.cli.output import (
     human_bytes,
     json_option,
     progress,
+    refuse_overwrite,
     say,
     shape_text,
     spinner,
@@ -233,6 +234,7 @@ def refit_command(
     **composed: Any,
 ) -> None:
     """Write PLAN with other WEIGHTS to OUTPUT; PLAN itself stays as it is unless OUTPUT names it."""
+    refuse_overwrite(output, Path(weights))
     started = time.perf_counter()
     opened = Plan.load(plan)
     with watched(f"checking {weights}", open_source(weights, **composed), quiet=as_json) as source:
@@ -260,6 +262,9 @@ def refit_command(
 @json_option
 def diff_command(a: str, b: str, output: Path | None, html: Path | None, plot: Path | None, as_json: bool) -> None:
     """Compare two checkpoints (or plans) tensor by tensor."""
+    for written in (output, html, plot):
+        if written is not None:
+            refuse_overwrite(written, Path(a), Path(b))
     before, after = open_source(a), open_source(b)
     total = sum(spec.nbytes for name, spec in before.specs.items() if after.specs.get(name) == spec)
     with progress("comparing", total, as_bytes=True, quiet=as_json) as done:

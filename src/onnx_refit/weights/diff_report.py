@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnx_refit.errors import MissingExtraError
-from onnx_refit.files import atomic_write
+from onnx_refit.files import WriteError, atomic_write
 from onnx_refit.weights.diff import HISTOGRAM_FROM, Diff, TensorDiff
 
 _STYLE = """
@@ -57,8 +57,11 @@ def write_plot(diff: Diff, path: str | os.PathLike[str]) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        WriteError: the file cannot be written.
+        WriteError: the file cannot be written, or its name ends otherwise.
     """
+    kind = Path(path).suffix.removeprefix(".").lower() or "png"
+    if kind not in ("png", "svg"):
+        raise WriteError(f"a plot cannot be written as .{kind}", where=path, hint="Name a .png or .svg file")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -76,9 +79,8 @@ def write_plot(diff: Diff, path: str | os.PathLike[str]) -> None:
     elements.bar([HISTOGRAM_FROM + i / 2 + 0.25 for i in range(len(counts))], counts, width=0.45)
     elements.set_xlabel("power of ten of the change of an element relative to itself")
     elements.set_ylabel("elements")
-    suffix = Path(path).suffix.removeprefix(".") or "png"
     with atomic_write(path) as file:
-        figure.savefig(file, format=suffix)
+        figure.savefig(file, format=kind)
 
 
 def _text(value: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnx_refit.files import atomic_write
+
 from .errors import DataError
-from .files import write_through
 
 __all__ = ["FORMAT", "Corpus", "DevTexts", "Split"]
 
@@ -98,7 +99,7 @@ class Corpus:
         """Write the corpus to ``path``.
 
         Raises:
-            StorageError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         header = {
             "format": FORMAT,
@@ -120,7 +121,8 @@ class Corpus:
         }
         for name, split in (("train", self.train), ("dev", self.dev)):
             arrays |= {f"{name}_{field}": getattr(split, field) for field in Split.__slots__}
-        write_through(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+        with atomic_write(path) as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "Corpus":

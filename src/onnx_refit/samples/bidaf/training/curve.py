@@ -1,13 +1,11 @@
 """The learning curve of a run as a picture."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from onnx_refit.errors import MissingExtraError
-
-from .files import write_bytes
+from onnx_refit.files import atomic_write
 
 __all__ = ["draw_curve"]
 
@@ -21,7 +19,7 @@ def draw_curve(logs: Sequence[dict[str, Any]], path: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        StorageError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,9 +45,8 @@ def draw_curve(logs: Sequence[dict[str, Any]], path: Path) -> None:
     loss_axis.set(xlabel="optimiser steps", ylabel="training loss (start + end)")
     score_axis.set(ylabel="SQuAD v1.1 dev, percent", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_bytes(path, picture.getvalue())
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _step(entry: dict[str, Any]) -> int:

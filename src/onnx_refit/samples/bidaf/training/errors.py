@@ -2,7 +2,7 @@
 
 from onnx_refit.errors import OnnxRefitError
 
-__all__ = ["DataError", "DeviceError", "StateError", "StorageError", "TrainingError"]
+__all__ = ["DataError", "DeviceError", "StateError", "TrainingError"]
 
 
 class TrainingError(OnnxRefitError):
@@ -19,7 +19,3 @@ class DeviceError(TrainingError):
 
 class StateError(TrainingError):
     """A checkpoint of a run is missing, damaged or belongs to other settings."""
-
-
-class StorageError(TrainingError):
-    """A file could not be written, a full disk for example; the file that was there before is whole."""

@@ -41,7 +41,7 @@ def save_labels(path: Path, labels: Any) -> None:
     """Write labels to a safetensors file.
 
     Raises:
-        StorageError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     write_tensors(path, {_NAME: labels.cpu().numpy()}, {"kind": "bidaf soft labels"})
 

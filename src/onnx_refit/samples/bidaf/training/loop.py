@@ -130,7 +130,7 @@ class Trainer:
             stop_after: leave (with a checkpoint) after this many steps in total, as an interruption would.
 
         Raises:
-            StorageError: a file cannot be written.
+            WriteError: a file cannot be written.
             TrainingError: the loss is no longer finite.
         """
         total = int(self.settings.epochs * self.steps_per_epoch)

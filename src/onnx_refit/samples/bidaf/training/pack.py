@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from onnx_refit.files import write_bytes
+
 from ..checkpoints import SCALE, Tensors
 from .corpus import Corpus
 from .errors import StateError
-from .files import write_bytes, write_tensors
+from .files import write_tensors
 
 __all__ = ["encode", "write_checkpoint", "write_trained", "write_vocabulary"]
 

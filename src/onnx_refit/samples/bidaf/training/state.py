@@ -44,7 +44,7 @@ def write_state(
     """Write the state of a run.
 
     Raises:
-        StorageError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     tensors: dict[str, Any] = {f"model.{name}": value for name, value in model.named_parameters()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
