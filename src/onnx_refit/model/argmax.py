@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
+from onnx_refit.model.compress import data_and_axis
 from onnx_refit.model.counting import positions
 from onnx_refit.model.edit import Builder, is_onnx, label, prune_upwards, replace_node
 from onnx_refit.model.graph import attribute, producers
@@ -88,12 +89,7 @@ def _select(model: ModelProto, graph: GraphProto, compress: NodeProto, facts: Fa
         scores = build.node("Reshape", [scores, build.constant([-1], wish="flat")], name=f"{title}_flat")
         axis, keep = 0, 1
     index = build.node("ArgMax", [scores], name=f"{title}_ArgMax", axis=axis, keepdims=keep)
-    data, along = compress.input[0], attribute(compress, "axis")
-    if along is None:
-        known = shapes.dims(data)
-        if known is None or len(known) != 1:
-            data = build.node("Reshape", [data, build.constant([-1], wish="flat")], name=f"{label(compress)}_flat")
-        along = 0
+    data, along = data_and_axis(build, compress, shapes)
     build.node("Gather", [data, index], name=f"{label(compress)}_Gather", output=compress.output[0], axis=along)
     replace_node(graph, compress, build.nodes)
     gone = prune_upwards(graph, [compress.input[1]])

@@ -28,14 +28,20 @@ class ReplaceCompress(NodeRewrite):
         return [_replace(site.model, site.graph, site.node, site.facts.shapes)]
 
 
+def data_and_axis(build: Builder, compress: NodeProto, shapes: Shapes) -> tuple[str, object]:
+    """What a Gather in the place of a Compress reads, and along which axis: without one, the flattened data."""
+    data, axis = compress.input[0], attribute(compress, "axis")
+    if axis is not None:
+        return data, axis
+    known = shapes.dims(data)
+    if known is None or len(known) != 1:
+        data = build.node("Reshape", [data, build.constant([-1], wish="flat")], name=f"{label(compress)}_flat")
+    return data, 0
+
+
 def _replace(model: ModelProto, graph: GraphProto, node: NodeProto, shapes: Shapes) -> Change:
     build = Builder(model, graph)
-    data, axis = node.input[0], attribute(node, "axis")
-    if axis is None:
-        known = shapes.dims(data)
-        if known is None or len(known) != 1:
-            data = build.node("Reshape", [data, build.constant([-1], wish="flat")], name=f"{label(node)}_flat")
-        axis = 0
+    data, axis = data_and_axis(build, node, shapes)
     condition = constant_of((graph, model.graph), node.input[1])
     if condition is not None:
         places = build.constant(np.flatnonzero(condition), wish=f"{label(node)}_places")
