@@ -7,7 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from onnx_refit.errors import OnnxRefitError
+from onnx_refit.errors import MissingExtraError, OnnxRefitError
+
+try:
+    import torch  # noqa: F401 - said here, so that its absence gets one clear line
+except ImportError:
+    sys.exit(f"error: {MissingExtraError('torch', 'train', 'Scoring what is packed')}")
+
 from onnx_refit.samples.bidaf import checkpoints
 from onnx_refit.samples.bidaf.training.batches import DeviceSplit
 from onnx_refit.samples.bidaf.training.corpus import Corpus
