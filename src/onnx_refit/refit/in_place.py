@@ -221,7 +221,7 @@ class InPlaceRefit:
         seconds["derive"] = time.perf_counter() - started
         if taken is None:
             return None
-        retained = self._retainer.adopt(taken.kept, base.retained)
+        retained = self._retainer.adopt(taken.kept, base.retained) if self._kept else base.retained
         equal = self._equal(taken, base) if taken.alike else frozenset()
         changed = known.names - equal if equal else known.names
         return Candidate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -277,10 +278,13 @@ class Engine:
             WeightsError, RefitRejectedError, CanaryError, EngineError: nothing was published; the engine keeps
                 serving the weights it had.
         """
-        with self.stage(source, options, partial=partial) as staged:
+        staged = self.stage(source, options, partial=partial)
+        try:
             if canary is not None:
                 staged.canary(canary)
             return staged.commit()
+        finally:
+            staged.discard()
 
     def publish(self, staged: Staged) -> RefitReport:
         """Publish a staged refit of this engine; called by ``Staged.commit``, which documents it."""
@@ -294,30 +298,29 @@ class Engine:
                     "since, and they replace only a part",
                     hint="Stage them again",
                 )
-            with timed(seconds, "store"):
-                # Read back from the staged set: the caller's arrays may have changed since they were checked.
-                staged_weights = self._derivation.weights_of(candidate)
-                number = self._ledger.commit(
-                    candidate.changed, staged_weights, None if candidate.full else candidate.base
-                )
+            started = time.perf_counter()
+            # Read back from the staged set: the caller's arrays may have changed since they were checked.
+            staged_weights = self._derivation.weights_of(candidate)
+            number = self._ledger.commit(candidate.changed, staged_weights, None if candidate.full else candidate.base)
+            stored = time.perf_counter()
             try:
-                with timed(seconds, "commit"):
-                    version = Version(
-                        number=number,
-                        weights=candidate.weights,
-                        retained=candidate.retained,
-                        samples=candidate.samples,
-                        source=candidate.source,
-                        parent=candidate.base,
-                        changed=candidate.changed,
-                        committed=datetime.now(UTC),
-                    )
-                    self._versions.publish(version)
+                version = Version(
+                    number=number,
+                    weights=candidate.weights,
+                    retained=candidate.retained,
+                    samples=candidate.samples,
+                    source=candidate.source,
+                    parent=candidate.base,
+                    changed=candidate.changed,
+                    committed=datetime.now(UTC),
+                )
+                self._versions.publish(version)
             except BaseException:
                 # Interrupted between the two: what is written down must be what answers.
                 if self._versions.current is before:
                     self._ledger.rollback(before.number)
                 raise
+        seconds["store"], seconds["commit"] = stored - started, time.perf_counter() - stored
         return self._account.report(candidate, number, before.number, seconds)
 
     def rollback(self, to: int | None = None) -> RefitReport:

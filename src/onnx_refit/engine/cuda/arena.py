@@ -127,6 +127,10 @@ class Arena:
         self.layout = layout
         self.storage: Tensor = torch.empty(max(1, layout.nbytes), dtype=torch.uint8, device=device)
 
+    def address(self, name: str) -> int:
+        """Of a slot, on the device."""
+        return int(self.storage.data_ptr()) + self.layout.slots[name].offset
+
     def raw(self, name: str) -> Tensor:
         """The elements of a slot as they lie, [elements]."""
         slot = self.layout.slots[name]

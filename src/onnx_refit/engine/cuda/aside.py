@@ -36,6 +36,10 @@ class PutAside(Mapping[str, Array]):
         """A copy where it is, [elements]."""
         return self._arena.raw(name)
 
+    def address(self, name: str) -> int:
+        """Of a copy, on the device."""
+        return self._arena.address(name)
+
     @property
     def device(self) -> Any:
         """Where they are."""
@@ -70,13 +74,17 @@ class Places:
         row: weight -> its row.
         positions: int64 ``[weights, 32]``, flat positions in each weight; -1 is none.
         itemsizes: bytes of an element of each.
+        spare: memory of samples that nobody holds any more.
 
     Args:
         specs: all source weights.
         positions: weight -> flat positions.
+        device: where samples are taken.
     """
 
-    def __init__(self, specs: Mapping[str, TensorSpec], positions: Mapping[str, Array]) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec], positions: Mapping[str, Array], device: Any) -> None:
+        self._device = device
+        self.spare: list[Tensor] = []
         self.names = tuple(specs)
         self.row = {name: row for row, name in enumerate(specs)}
         self.positions = np.full((len(specs), SAMPLES), -1, np.int64)
@@ -85,45 +93,62 @@ class Places:
             self.positions[row, : self.lengths[row]] = positions[name]
         self.itemsizes = [numpy_dtype(spec.dtype).itemsize for spec in specs.values()]
 
+    def memory(self) -> Tensor:
+        """Memory for samples of a version."""
+        try:
+            return self.spare.pop()
+        except IndexError:
+            size = max(1, len(self.names)) * SAMPLES * WIDEST
+            return torch.zeros(size, dtype=torch.uint8, device=self._device)
+
 
 class Marks(Mapping[str, bytes]):
     """Samples of every source weight of a version, on the device until somebody reads them.
 
     Attributes:
-        there: uint8 ``[weights * 32 * 8]``, each element in 8 bytes.
+        there: uint8 ``[weights * 32 * 8]``, each element in 8 bytes; to be written by whoever makes it.
+        places: where they are taken.
 
     Args:
-        there: see above.
-        places: where they were taken.
+        places: see above.
     """
 
-    def __init__(self, there: Tensor, places: Places) -> None:
-        self.there = there
-        self._places = places
+    _SPARE = 4
+
+    def __init__(self, places: Places) -> None:
+        self.there = places.memory()
+        self.places = places
+
+    def __del__(self) -> None:
+        # In any thread: no lock may be taken here. A few are enough: as many as versions come and go at once.
+        if len(self.places.spare) < self._SPARE:
+            self.places.spare.append(self.there)
 
     @cached_property
     def _host(self) -> Array:
-        array: Array = self.there.cpu().numpy().reshape(-1, SAMPLES, WIDEST)
+        array: Array = self.there.cpu().numpy().reshape(-1, SAMPLES, WIDEST).copy()
         return array
 
     def __getitem__(self, name: str) -> bytes:
-        row = self._places.row[name]
-        taken: bytes = self._host[row, : self._places.lengths[row], : self._places.itemsizes[row]].tobytes()
+        row = self.places.row[name]
+        taken: bytes = self._host[row, : self.places.lengths[row], : self.places.itemsizes[row]].tobytes()
         return taken
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places.names)
+        return iter(self.places.names)
 
     def __len__(self) -> int:
-        return len(self._places.names)
+        return len(self.places.names)
 
 
-def marks_of(elements: Mapping[str, bytes], places: Places, device: Any) -> Marks:
-    """Samples that were taken on the host, on a device."""
+def marks_of(elements: Mapping[str, bytes], places: Places) -> Marks:
+    """Samples that were taken on the host, on the device."""
     host = np.zeros((len(places.names), SAMPLES, WIDEST), np.uint8)
     for row, (name, length, width) in enumerate(zip(places.names, places.lengths, places.itemsizes, strict=True)):
         host[row, :length, :width] = np.frombuffer(elements[name], np.uint8).reshape(length, width)
-    return Marks(torch.from_numpy(host.reshape(-1)).to(device), places)
+    made = Marks(places)
+    made.there[: host.size].copy_(torch.from_numpy(host.reshape(-1)))
+    return made
 
 
 __all__: Sequence[str] = ("SAMPLES", "WIDEST", "Marks", "Places", "PutAside", "marks_of")

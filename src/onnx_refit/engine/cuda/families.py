@@ -23,6 +23,9 @@ from onnx_refit.engine.cuda.lowering.pointwise import RANK, expression, is_formu
 from onnx_refit.engine.cuda.plain import STEPS
 from onnx_refit.plan.compiled import CompiledModel
 
+HALVES = {torch.float16: 1, torch.bfloat16: 2}
+"""The kinds of halves that kernels write."""
+
 NOWHERE = (1 << 64) - 1
 """The place of what is not wanted."""
 
@@ -207,6 +210,7 @@ class Family:
         members: the weights.
         table: where the source weights are.
         index: source weight name -> its place in the table.
+        half: the kind of halves that it writes; 0 for float32.
         taken: which leaf is looked at for NaN and infinities, and kept, as it is read; None where none is. It has the
             weight's own elements in their order.
     """
@@ -217,6 +221,7 @@ class Family:
         members: Sequence[Member],
         table: Located,
         index: Mapping[str, int],
+        half: int = 0,
         taken: int | None = None,
     ) -> None:
         self._table = table
@@ -251,7 +256,7 @@ class Family:
         self._count = len(pieces)
         self._members = upload(rows, table.device)
         self._pieces = upload(np.array(pieces, np.uint32), table.device)
-        text = code(lines, varies, deepest, taken)
+        text = code(lines, varies, deepest, half, taken)
         self._kernel = kernels.compiled(text, "family", table.device.index, fused=False)
         self._grid = -(-self._count // (THREADS // WARP))
         self._tables = (self._members.data_ptr(), self._pieces.data_ptr())
@@ -276,6 +281,7 @@ def families(
     places: Mapping[str, int],
     table: Located,
     index: Mapping[str, int],
+    half: int = 0,
     takes: Mapping[str, int] | None = None,
 ) -> tuple[list[Family], frozenset[str]]:
     """The families of these formulas, and the source weights that they take as they read them.
@@ -285,6 +291,7 @@ def families(
         places: engine weight name -> bytes from the storage's beginning.
         table: where the source weights are.
         index: source weight name -> its place in the table.
+        half: the kind of halves that weights are stored in; 0 for float32.
         takes: source weights that are to be looked at and kept by whoever reads them first -> where they are kept.
     """
     left = dict(takes or {})
@@ -297,7 +304,7 @@ def families(
         if place is not None:
             taken.add(leaves[place].source)
         groups.setdefault((tuple(lines), place), []).append(Member(leaves, places[name], keep))
-    made = [Family(lines, members, table, index, place) for (lines, place), members in groups.items()]
+    made = [Family(lines, members, table, index, half, place) for (lines, place), members in groups.items()]
     return made, frozenset(taken)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.lowering.pointwise import RANK
 
 THREADS = 256
 WARP = 32
 
 
-def code(lines: Sequence[str], varies: Sequence[bool], rank: int, taken: int | None = None) -> str:
+def code(lines: Sequence[str], varies: Sequence[bool], rank: int, half: int = 0, taken: int | None = None) -> str:
     """The kernel's source.
 
     Args:
         lines: the formula's statements.
         varies: for every leaf, whether it varies along a line in some member.
         rank: dimensions of any size in any member; the walk's last ones.
+        half: the kind of halves that it writes, see halves.cu; 0 for float32.
         taken: the leaf that is looked at for NaN and infinities and kept; it varies along every line.
     """
     names = [f"i{axis}" for axis in range(RANK - rank, RANK)]
@@ -42,6 +44,7 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int, taken: int | N
             "  const float one = __ldg(from);",
             "  return make_float4(one, one, one, one);",
             "}",
+            *([kernels.source("halves.cu")] if half else ()),
             *(_LOOK if taken is not None else ()),
             f"struct Member {{ unsigned sizes[{RANK}], leaf[{count}]; int s[{count}][{RANK}]; }};",
             "struct Piece { unsigned member, line, begin, count; };",
@@ -60,7 +63,8 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int, taken: int | N
             f"  for (int k = 0; k < {count}; ++k) m.leaf[k] = from[{4 + RANK} + k];",
             f"  for (int k = 0; k < {count * RANK}; ++k) (&m.s[0][0])[k] = (int)from[{4 + RANK + count} + k];",
             f"  const unsigned long long begin = (unsigned long long)p.line * m.sizes[{RANK - 1}];",
-            "  float* to = reinterpret_cast<float*>(out + at) + begin;",
+            f"  {'unsigned short' if half else 'float'}* to = "
+            f"reinterpret_cast<{'unsigned short' if half else 'float'}*>(out + at) + begin;",
             *(_KEEP if taken is not None else ()),
             *(f"  {line}" for line in walk),
             *(f"  const float* f{index} = {pointer};" for index, pointer in enumerate(pointers)),
@@ -81,7 +85,7 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int, taken: int | N
             *(f"        {line}" for line in lines),
             "        o[k] = result;",
             "      }",
-            "      *reinterpret_cast<float4*>(to + i) = make_float4(o[0], o[1], o[2], o[3]);",
+            f"      {_store4(half)}",
             "    }",
             *(_SAY if taken is not None else ()),
             "    return;",
@@ -92,7 +96,7 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int, taken: int | N
             *look,
             *keep,
             *(f"    {line}" for line in lines),
-            "    to[i] = result;",
+            f"    to[i] = {f'(unsigned short)half_bits(__float_as_uint(result), {half})' if half else 'result'};",
             "  }",
             *(_SAY if taken is not None else ()),
             "}",
@@ -112,6 +116,16 @@ _KEEP = (
     "  bool bad = false;",
 )
 _SAY = ("  if (bad) *reinterpret_cast<volatile int*>(found) = 1;",)
+
+
+def _store4(half: int) -> str:
+    if not half:
+        return "*reinterpret_cast<float4*>(to + i) = make_float4(o[0], o[1], o[2], o[3]);"
+    low, high = (
+        f"half_bits(__float_as_uint(o[{k}]), {half}) | (half_bits(__float_as_uint(o[{k + 1}]), {half}) << 16)"
+        for k in (0, 2)
+    )
+    return f"*reinterpret_cast<uint2*>(to + i) = make_uint2({low}, {high});"
 
 
 def _taking(taken: int | None) -> tuple[list[str], list[str], list[str], list[str]]:

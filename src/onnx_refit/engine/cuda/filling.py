@@ -11,7 +11,7 @@ import torch
 
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
-from onnx_refit.engine.cuda.families import Family, families, formulas, sources_of
+from onnx_refit.engine.cuda.families import HALVES, Family, families, formulas, sources_of
 from onnx_refit.engine.cuda.gather import Copies, Part, Table
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.lowering.program import to_real
@@ -81,7 +81,7 @@ class Filler:
         self.copied = [str(slot.source) for slot in kept]
         self._parts = [self._part(name) for name in self.copied]
         self._places = [slot.offset for slot in kept]
-        found = formulas(compiled) if self._kernels and real is torch.float32 else {}
+        found = formulas(compiled) if self._kernels else {}
         self.formulas = {name: found[name] for name in found if layout.slots[name].source is None}
         self.computed_from = sources_of(self.formulas)
         self._rest = frozenset(layout.slots) - self._direct - self.formulas.keys()
@@ -120,7 +120,7 @@ class Filler:
     def _families(self) -> list[Family]:
         places = {name: self._layout.slots[name].offset for name in self.formulas}
         index = {name: row for row, name in enumerate(self.computed_from)}
-        return families(self.formulas, places, self._computed_table, index)[0]
+        return families(self.formulas, places, self._computed_table, index, HALVES.get(self._real, 0))[0]
 
     @cached_property
     def _staging(self) -> Layout:

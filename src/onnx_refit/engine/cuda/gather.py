@@ -114,12 +114,16 @@ class Copies:
 
 def cut(parts: Sequence[Part], places: Sequence[tuple[int, int]]) -> npt.NDArray[Any]:
     """The pieces of tensors that go to these places, as the kernels read them."""
-    pieces = [
-        (index, min(_PIECE_NBYTES, parts[index].nbytes - begin), begin, to + begin)
-        for index, to in places
-        for begin in range(0, parts[index].nbytes, _PIECE_NBYTES)
-    ]
-    return np.array(pieces, _PIECE)
+    counts = np.array([-(-parts[index].nbytes // _PIECE_NBYTES) for index, _ in places], np.int64)
+    rows = np.repeat(np.arange(len(places)), counts)
+    begins = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * _PIECE_NBYTES
+    sizes = np.array([parts[index].nbytes for index, _ in places], np.int64)[rows]
+    pieces = np.zeros(len(rows), _PIECE)
+    pieces["tensor"] = np.array([index for index, _ in places], np.int64)[rows]
+    pieces["nbytes"] = np.minimum(_PIECE_NBYTES, sizes - begins)
+    pieces["from"] = begins
+    pieces["to"] = np.array([to for _, to in places], np.uint64)[rows] + begins.astype(np.uint64)
+    return pieces
 
 
 def upload(array: npt.NDArray[Any], device: Any) -> Tensor:

@@ -12,14 +12,14 @@ from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
 from onnx_refit.engine.cuda.aside import Places
 from onnx_refit.engine.cuda.attached import Attached
-from onnx_refit.engine.cuda.families import NOWHERE, Formula, families
+from onnx_refit.engine.cuda.families import HALVES, NOWHERE, Formula, families
 from onnx_refit.engine.cuda.filling import Filler
 from onnx_refit.engine.cuda.gather import KINDS, Part, cut, upload
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.lowering.pointwise import walk_of
 from onnx_refit.tensors import TensorSpec
 
-_FILES = ("gather.cu", "taking.cu")
+_FILES = ("gather.cu", "halves.cu", "taking.cu")
 _THREADS = 256
 _PART = np.dtype(
     [("tensor", "<u4"), ("nbytes", "<u4"), ("from", "<u8"), ("to", "<u8"), ("keep", "<u8"), ("cast", "<u8")]
@@ -30,7 +30,6 @@ _CONVERSION = np.dtype(
 )
 _STRETCH = 8 << 10  # elements
 _SAMPLERS = 8  # weights whose samples one block takes
-_CASTS = {torch.float16: 1, torch.bfloat16: 2}
 _NOT_FINITE, _CHANGED, _ALIKE, _EACH = range(4)  # words of what kernels say, as in taking.cu
 
 
@@ -101,7 +100,7 @@ class Route:
         takes = {n: kept.get(n, NOWHERE) for n in own if n not in sinks and specs[n].dtype == "float32"}
         computed = {name: formula for name, formula in formulas.items() if name in weights}
         offsets = {name: layout.slots[name].offset for name in computed}
-        made, taken = families(computed, offsets, self._addresses, index, takes)
+        made, taken = families(computed, offsets, self._addresses, index, _half(layout, computed), takes)
         copied = {slot.spec.name for slots in sinks.values() for slot, _ in slots}
         self.rest = frozenset(weights) - copied - computed.keys()
         parts: list[tuple[int, int, int, int, int, int]] = []
@@ -229,11 +228,16 @@ class Route:
         return tuple(self._own[row] for row in np.flatnonzero(np.asarray(said)[_EACH:]).tolist())
 
 
+def _half(layout: Layout, names: Collection[str]) -> int:
+    """The kind of halves that computed weights are stored in; 0 for float32."""
+    return next((HALVES.get(layout.slots[name].dtype, 0) for name in names), 0)
+
+
 def _cast(slot: Slot, spec: TensorSpec) -> int | None:
     """How a slot holds its source weight: 0 as it is, else the kind of its halves; None where kernels cannot tell."""
     if slot.nbytes == spec.nbytes:
         return 0
-    return _CASTS.get(slot.dtype) if spec.dtype == "float32" else None
+    return HALVES.get(slot.dtype) if spec.dtype == "float32" else None
 
 
 def _parts(index: int, nbytes: int, to: int, keep: int, cast: int) -> list[tuple[int, int, int, int, int, int]]:
@@ -304,17 +308,33 @@ class Conversions:
         return made
 
 
-def equal_bits(pairs: Mapping[str, tuple[Tensor, Tensor]], device: Any) -> frozenset[str]:
-    """Those of these pairs of dense tensors, of one dtype and shape each, that have the very same bits."""
-    names = [name for name, (one, _) in pairs.items() if one.numel()]
-    parts = [Part(one.dtype, tuple(one.shape), one.numel() * one.element_size()) for one, _ in map(pairs.get, names)]  # type: ignore[misc]
-    pieces = cut(parts, [(row, 0) for row in range(len(names))])
-    same = set(pairs) - set(names)
-    if len(pieces):
-        sides = upload(np.array([[pairs[n][side].data_ptr() for n in names] for side in (0, 1)], np.uint64), device)
-        there, flags = upload(pieces, device), torch.zeros(len(names), dtype=torch.int32, device=device)
-        kernel = kernels.kernel(_FILES, "differ", device.index)
-        arguments = (sides.data_ptr(), sides.data_ptr() + 8 * len(names), there.data_ptr(), flags.data_ptr())
-        kernels.launch(kernel, device, (len(pieces),), (_THREADS,), arguments)
-        same |= {name for name, flag in zip(names, flags.cpu().tolist(), strict=True) if not flag}
-    return frozenset(same)
+class Comparison:
+    """Tells which of some weights have the same bytes in two places.
+
+    Args:
+        names: the weights.
+        sizes: bytes of each.
+        device: the GPU.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], device: Any) -> None:
+        self.names, self._device = tuple(names), device
+        pieces = cut([Part(torch.uint8, (size,), size) for size in sizes], [(row, 0) for row in range(len(names))])
+        self._count = len(pieces)
+        self._pieces = upload(pieces, device)
+        self._differ = kernels.kernel(_FILES, "differ", device.index)
+
+    def equal(self, sides: Sequence[Sequence[int]]) -> frozenset[str]:
+        """Those whose bytes are the same.
+
+        Args:
+            sides: two addresses of each, where wide loads are allowed.
+        """
+        if not self._count:
+            return frozenset(self.names)
+        flags = torch.zeros(len(self.names), dtype=torch.int32, device=self._device)
+        there = upload(np.array(sides, np.uint64), self._device)
+        right = there.data_ptr() + 8 * len(self.names)
+        arguments = (there.data_ptr(), right, self._pieces.data_ptr(), flags.data_ptr())
+        kernels.launch(self._differ, self._device, (self._count,), (_THREADS,), arguments)
+        return frozenset(name for name, flag in zip(self.names, flags.cpu().tolist(), strict=True) if not flag)

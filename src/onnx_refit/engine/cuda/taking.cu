@@ -1,5 +1,5 @@
 // Source weights that lie on the device, taken in one pass: copied or cast to where they are wanted, looked at for NaN
-// and infinities on the way, and a few elements of each compared with those of the weights before. Read after gather.cu.
+// and infinities on the way, and a few elements of each compared with those of the weights before. Read after gather.cu and halves.cu.
 
 struct Part {
   unsigned int tensor, nbytes;          // which source; how much of it
@@ -9,19 +9,6 @@ struct Part {
 
 // What the host looks at afterwards, in its own memory: written only where there is something to say.
 enum { NOT_FINITE, CHANGED_BY_CAST, ALIKE, EACH };
-
-__device__ __forceinline__ unsigned int half_bits(unsigned int word, int cast) {
-  float value = __uint_as_float(word);
-  if (cast == 1) {
-    unsigned short bits;
-    value = fminf(fmaxf(value, -65504.f), 65504.f);
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-  }
-  // Round to nearest, ties to even; the largest numbers stay finite.
-  const unsigned int rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  return (rounded & 0x7fffu) == 0x7f80u ? (rounded & 0x8000u) | 0x7f7fu : rounded;
-}
 
 __device__ __forceinline__ bool infinite(const uint4& v, int kind) {
   if (kind == 4) return (v.y & 0x7ff00000u) == 0x7ff00000u || (v.w & 0x7ff00000u) == 0x7ff00000u;

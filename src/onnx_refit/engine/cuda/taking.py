@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx_refit.engine.cuda.aside import Marks, Places, PutAside, marks_of
 from onnx_refit.engine.cuda.attached import Attached
 from onnx_refit.engine.cuda.filling import Filler
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
-from onnx_refit.engine.cuda.route import Route, equal_bits
+from onnx_refit.engine.cuda.route import Comparison, Route
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import Holder, Taken
 from onnx_refit.plan.compiled import CompiledModel
@@ -26,6 +26,7 @@ from onnx_refit.tensors import Array, TensorSpec
 T = TypeVar("T")
 
 _ROUTES = 8  # sets of given weights whose tables are kept
+_EARLY = 0.7  # of all bytes: on their way while the other weights are looked at
 _MANY = 48  # weights from which looking at tensors takes as long as taking many of them
 
 
@@ -83,6 +84,7 @@ class Taker:
         self._kernels = device.type == "cuda" and kernels.available()
         self._wanted: OrderedDict[tuple[str, ...], Wanted] = OrderedDict()
         self._routes: OrderedDict[tuple[str, ...], tuple[Route, ...]] = OrderedDict()
+        self._comparison: Comparison | None = None  # that of the last refit: what is frozen stays frozen
         self._nothing = Arena(Layout([], torch.float32), device)
         self._positions: Mapping[str, Array] | None = None
         self._places: Places | None = None
@@ -101,69 +103,78 @@ class Taker:
         """See ``InPlace.take``; everything is done when it returns."""
         wanted = self._wanted.get(attached.names) or self._want(attached.names)
         if positions is not self._positions:
-            self._positions, self._places = positions, Places(self._specs, positions)
+            self._positions, self._places = positions, Places(self._specs, positions, self._device)
             self._routes.clear()
         places = self._places
         assert places is not None
-        known = before if type(before) is Marks and before.there.device == self._device else None
-        marks = known if known is not None else marks_of(before, places, self._device)
+        marks = before if type(before) is Marks and before.places is places else marks_of(before, places)
+        old = marks.there
         arena = Arena(wanted.layout, self._device)
         aside = Arena(wanted.aside, self._device) if wanted.aside.nbytes else self._nothing
-        after = torch.empty_like(marks.there) if wanted.whole else marks.there.clone()
-        if self._kernels:
-            alike = self._by_kernels(attached, tensors, wanted, base, holder, arena, aside, marks, after, look=look)
-        else:
-            alike = self._one_by_one(attached, tensors, wanted, base, holder, arena, aside, marks, after, look=look)
-        if alike is None:
+        now = Marks(places)
+        if not wanted.whole:
+            now.there.copy_(old)
+        others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
+        if not self._kernels:
+            alike = self._one_by_one(attached, tensors, wanted, others, arena, aside, old, now.there, look=look)
+            return None if alike is None else self._taken(wanted, base, arena, aside, now, alike)
+        stream = kernels.current_stream(self._device)
+        try:
+            routes = self._enqueue(stream, attached, tensors, wanted, others, arena, aside, old, now.there)
+            taken = self._taken(wanted, base, arena, aside, now, ())  # while the kernels run
+        finally:
+            kernels.wait(stream)
+        if not routes:
             return None
-        kept, now = PutAside(aside, self._specs), Marks(after, places)
+        found = [route.alike(look=look) for route in routes]
+        if None in found:
+            return None
+        same = tuple(name for names in found if names for name in names)
+        return replace(taken, alike=same) if same else taken
+
+    def _taken(
+        self,
+        wanted: Wanted,
+        base: CudaWeightSet,
+        arena: Arena,
+        aside: Arena,
+        now: Marks,
+        alike: tuple[str, ...],
+    ) -> Taken:
+        kept = PutAside(aside, self._specs)
         if wanted.layout is self._layout:
             return Taken(CudaWeightSet(arena), kept, now, alike)
         everywhere = {**base.places, **dict.fromkeys(wanted.weights, arena)}
         return Taken(CudaWeightSet(arena, everywhere, base.nbytes - wanted.layout.payload), kept, now, alike)
 
-    def _by_kernels(
+    def _enqueue(
         self,
+        stream: int,
         attached: Attached,
         tensors: Sequence[Any],
         wanted: Wanted,
-        base: CudaWeightSet,
-        holder: Holder,
+        others: Mapping[str, Tensor],
         arena: Arena,
         aside: Arena,
-        marks: Marks,
-        after: Tensor,
-        *,
-        look: bool,
-    ) -> tuple[str, ...] | None:
-        """Everything by kernels of ours; the names whose samples are as before, None where something is wrong.
+        old: Tensor,
+        new: Tensor,
+    ) -> Sequence[Route]:
+        """Everything by kernels of ours; nothing where the tensors are not the ones that were attached.
 
         Nothing is read before it is known to be there. Where somebody holds the memory it is, and kernels start first;
         else a few large weights are looked at first, and all others while these are on their way.
         """
         routes = self._routes.get(attached.names) or self._route(wanted)
-        first, held = wanted.first, attached.held
+        held = attached.held
         parted = len(routes) > 1 and attached.dense and not held
-        forms = attached.parted(first, tensors) if parted else (attached.form,)
-        others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
-        stream, old, new = kernels.current_stream(self._device), marks.there.data_ptr(), after.data_ptr()
+        forms = attached.parted(wanted.first, tensors) if parted else (attached.form,)
         chosen = routes[1:] if parted else routes[:1]
-        try:
-            for route, form in zip(chosen, forms, strict=True):
-                if not held and not form.same(tensors):
-                    return None
-                route.enqueue(stream, attached, tensors, others, arena, aside, old, new, self._filler)
-            if held and not attached.form.same(tensors):
-                return None
-        finally:
-            kernels.wait(stream)
-        alike: tuple[str, ...] = ()
-        for route in chosen:
-            found = route.alike(look=look)
-            if found is None:
-                return None
-            alike += found
-        return alike
+        before, after = old.data_ptr(), new.data_ptr()
+        for route, form in zip(chosen, forms, strict=True):
+            if not held and not form.same(tensors):
+                return ()
+            route.enqueue(stream, attached, tensors, others, arena, aside, before, after, self._filler)
+        return () if held and not attached.form.same(tensors) else chosen
 
     def _want(self, given: tuple[str, ...]) -> Wanted:
         program, kept = self._compiled.program, self._specs.keys() - self._recoverable.keys()
@@ -178,9 +189,9 @@ class Taker:
         return _remember(self._wanted, given, Wanted(given, weights, layout, whole, aside, others, first))
 
     def _large(self, weights: frozenset[str]) -> frozenset[str]:
-        """The source weights of the largest engine weights, which make up half of all bytes."""
+        """The source weights of the largest engine weights, which make up most of all bytes."""
         sizes = {name: self._layout.slots[name].nbytes for name in weights}
-        left, found = sum(sizes.values()) // 2, set[str]()
+        left, found = _EARLY * sum(sizes.values()), set[str]()
         for name in sorted(sizes, key=lambda name: -sizes[name]):
             if left <= 0:
                 break
@@ -228,11 +239,10 @@ class Taker:
         attached: Attached,
         tensors: Sequence[Any],
         wanted: Wanted,
-        base: CudaWeightSet,
-        holder: Holder,
+        others: Mapping[str, Tensor],
         arena: Arena,
         aside: Arena,
-        marks: Marks,
+        before: Tensor,
         after: Tensor,
         *,
         look: bool,
@@ -243,7 +253,7 @@ class Taker:
         places = self._places
         assert places is not None
         values: dict[str, Tensor] = {}
-        old, new = (one.view(torch.int64).view(-1, 32) for one in (marks.there, after))
+        old, new = (one.view(torch.int64).view(-1, 32) for one in (before, after))
         alike = []
         for one in attached.lying:
             given = attached.value(one, tensors)
@@ -259,7 +269,6 @@ class Taker:
                 alike.append(one.name)
             if one.name in wanted.aside.slots:
                 aside.raw(one.name).copy_(value.reshape(-1))
-        others = {name: self._other(name, base, holder) for name in wanted.others}
         self._filler.fill(arena, {**values, **others}, wanted.weights)
         if self._device.type == "cuda":
             kernels.synchronize(self._device)
@@ -269,10 +278,26 @@ class Taker:
         self, names: Sequence[str], left: tuple[CudaWeightSet, Holder], right: tuple[CudaWeightSet, Holder]
     ) -> frozenset[str]:
         """See ``InPlace.equal``."""
-        pairs = {name: (self._other(name, *left), self._other(name, *right)) for name in names}
         if not self._kernels:
+            pairs = {name: (self._other(name, *left), self._other(name, *right)) for name in names}
             return frozenset(name for name, (one, other) in pairs.items() if _same_bits(one, other))
-        return equal_bits(pairs, self._device)
+        alive: list[Tensor] = []
+        sides = [[self._address(name, *side, alive) for name in names] for side in (left, right)]
+        if self._comparison is None or self._comparison.names != tuple(names):
+            self._comparison = Comparison(names, [self._specs[name].nbytes for name in names], self._device)
+        return self._comparison.equal(sides)
+
+    def _address(self, name: str, weights: CudaWeightSet, holder: Holder, alive: list[Tensor]) -> int:
+        """Of a source weight of a version; what had to be brought to the device is put where it stays alive."""
+        engine = self._recoverable.get(name)
+        if engine is not None:
+            return weights.places[engine].address(engine)
+        held = holder(name)
+        if isinstance(held, PutAside) and held.device == self._device:
+            return held.address(name)
+        alive.append(self._other(name, weights, holder))
+        address: int = alive[-1].data_ptr()
+        return address
 
 
 def _remember(cache: OrderedDict[tuple[str, ...], T], key: tuple[str, ...], value: T) -> T:

@@ -1,0 +1,204 @@
+"""What a refit from a trainer's tensors costs as a user sees it: ``Engine.refit``, from the call to the report.
+
+    python -m benchmarks.gpu_refit --out benchmarks/results/gpu-h200-refit.json
+    python -m benchmarks.gpu_refit --out smoke.json --device cpu --only mlp --quick      that this file works
+
+Each figure is a whole transaction: tensors looked at (NaN and infinities too), a new version derived, its samples
+compared with the version before, what a rollback and later partial refits need put aside, committed, reported. Before
+each one all tensors get other values, as a trainer's step gives them; before each copy too. Interleaved in random
+order; medians. The copy beside it is PyTorch's, of the same bytes in one piece, waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import onnx_refit
+from benchmarks.cases import CASES
+from benchmarks.gpu import hardware
+from onnx_refit.engine.cuda.options import CudaOptions, Precision
+from onnx_refit.engine.registry import EngineOptions
+from onnx_refit.model.prepare import prepare
+from onnx_refit.plan.plan import Plan
+from onnx_refit.refit.check import Casting
+
+Call = tuple[Callable[[], object], Callable[[], object]]
+"""What is not timed, and what is."""
+
+
+def alternate(calls: Mapping[str, Call], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each call; in each round all of them, in random order."""
+    rng = np.random.default_rng(0)
+    order = list(calls)
+    figures: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds + 5):
+            rng.shuffle(order)
+            for name in order:
+                prepare_it, call = calls[name]
+                prepare_it()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                call()
+                spent = time.perf_counter() - started
+                if turn >= 5:
+                    figures[name].append(spent)
+    finally:
+        gc.enable()
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+class Trainer:
+    """Tensors on the device whose values change at each step.
+
+    Args:
+        values: name -> value.
+        device: where.
+        dtype: of the floating-point ones; None as they are.
+        turned: whether they lie in another order of elements than the model's.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], device: str, dtype: torch.dtype | None = None, *, turned: bool = False
+    ) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, value in values.items():
+            tensor = torch.from_numpy(np.array(value)).to(device)
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            if turned and tensor.dim() > 1:
+                tensor = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+            self.tensors[name] = tensor
+        self._moved = [tensor for tensor in self.tensors.values() if tensor.is_floating_point()]
+        self._states = [[tensor.clone() for tensor in self._moved] for _ in range(2)]
+        for tensor in self._states[1]:
+            tensor.mul_(1.25).add_(0.125)
+        self._turn = 0
+        self.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def step(self) -> None:
+        """Give every tensor other values."""
+        self._turn ^= 1
+        torch._foreach_copy_(self._moved, self._states[self._turn])
+
+
+def loaded(plan: Plan, device: str, **options: Any) -> Any:
+    """An engine of its own."""
+    return onnx_refit.load(plan, options=EngineOptions(cuda=CudaOptions(devices=(device,), measure=False, **options)))
+
+
+def measure(name: str, device: str, rounds: int) -> dict[str, Any]:
+    """One model."""
+    model = prepare(CASES[name]().model, for_engine="cuda").model
+    plan = onnx_refit.build(model, engine="cuda", options=onnx_refit.BuildOptions(specialise=False))
+    assert plan.weights is not None
+    weights = dict(plan.weights)
+    trainer, half = Trainer(weights, device), Trainer(weights, device, torch.bfloat16)
+    turned, single = Trainer(weights, device, turned=True), Trainer(weights, device)
+    flat, target = (torch.zeros(trainer.nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
+    engines = {key: loaded(plan, device) for key in ("mapping", "new mapping", "bound", "half", "turned", "partial")}
+    engines["bf16"] = loaded(plan, device, precision=Precision.BF16)
+    bound = engines["bound"].bind(trainer.tensors)
+    some = {n: single.tensors[n] for n in list(single.tensors)[: max(1, len(single.tensors) // 2)]}
+
+    rounding = onnx_refit.CheckOptions(casting=Casting.ROUND)  # BiDAF has weights of float16
+
+    def copy() -> None:
+        target.copy_(flat)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    step = trainer.step
+    calls: dict[str, Call] = {
+        "copy": (lambda: flat.mul_(0.97), copy),
+        "bound": (step, lambda: engines["bound"].refit(bound)),
+        "mapping": (step, lambda: engines["mapping"].refit(trainer.tensors)),
+        "new mapping of new tensors": (step, lambda: engines["new mapping"].refit(detached(trainer.tensors))),
+        "from bfloat16": (half.step, lambda: engines["half"].refit(half.tensors, rounding)),
+        "from another order": (turned.step, lambda: engines["turned"].refit(turned.tensors)),
+        "half of the weights": (single.step, lambda: engines["partial"].refit(some, partial=True)),
+        "into bfloat16": (step, lambda: engines["bf16"].refit(trainer.tensors)),
+    }
+    seconds = alternate(calls, rounds, device)
+    report = engines["mapping"].refit(trainer.tensors)
+    for engine in engines.values():
+        engine.close()
+    return {
+        "bytes": trainer.nbytes,
+        "bytes kept": sum(
+            spec.nbytes for n, spec in plan.refittable.items() if n not in engines["mapping"]._backend.recoverable
+        ),
+        "bytes of half of the weights": sum(t.numel() * t.element_size() for t in some.values()),
+        "tensors": len(weights),
+        "microseconds": {key: round(value * 1e6, 1) for key, value in seconds.items()},
+        "over a copy": {key: round(value / seconds["copy"], 2) for key, value in seconds.items() if key != "copy"},
+        "stages of a refit, microseconds": {key: round(value * 1e6, 1) for key, value in report.seconds.items()},
+    }
+
+
+def detached(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As a state dict is made anew at each step."""
+    return {"".join(name): tensor.detach() for name, tensor in tensors.items()}
+
+
+def fixed(device: str, rounds: int) -> dict[str, Any]:
+    """The same of a model of a hundred weights of a few bytes: what a refit costs that moves nothing."""
+    from benchmarks.gpu import wide_mlp
+
+    compiled, weights = wide_mlp(100, 16)
+    from onnx_refit.engine.cuda.backend import CudaBackend
+    from onnx_refit.refit.live import Engine
+
+    trainer = Trainer(weights, device)
+    chosen = CudaOptions(devices=(device,))
+    engine = Engine(Plan("cuda", compiled, weights, ""), CudaBackend(compiled, device, chosen), weights)
+    bound = engine.bind(trainer.tensors)
+    flat, target = (torch.zeros(trainer.nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
+
+    def copy() -> None:
+        target.copy_(flat)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    calls: dict[str, Call] = {
+        "copy": (lambda: flat.mul_(0.97), copy),
+        "bound": (trainer.step, lambda: engine.refit(bound)),
+        "mapping": (trainer.step, lambda: engine.refit(trainer.tensors)),
+    }
+    seconds = alternate(calls, rounds, device)
+    engine.close()
+    return {"tensors": len(weights), "microseconds": {key: round(value * 1e6, 1) for key, value in seconds.items()}}
+
+
+def main() -> None:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--only", default="bidaf,encoder,resnet18,resnet50,mlp")
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    rounds = 5 if chosen.quick else 300
+    results: dict[str, Any] = {"machine": hardware(chosen.device), "rounds": rounds, "cases": {}}
+    for name in chosen.only.split(","):
+        found = fixed(chosen.device, rounds) if name == "fixed" else measure(name, chosen.device, rounds)
+        results["cases"][name] = found
+        print(name, json.dumps(found), flush=True)
+        chosen.out.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
