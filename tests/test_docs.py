@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from onnx_refit.plan.file import FORMAT_VERSION
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/onnx_refit"
 PAGES = sorted(
@@ -94,6 +96,11 @@ def test_commands_that_pages_name_exist() -> None:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
         for module in re.findall(r"python -m ((?:benchmarks|tests|onnx_refit)[\w.]*)", text):
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page.name}: {module}"
+
+
+def test_the_runtime_of_kserve_takes_plans_of_this_format() -> None:
+    named = re.findall(r'name: onnx-refit-plan\n\s+version: "(\d+)"', (ROOT / "deploy/kserve.yaml").read_text())
+    assert named == [str(FORMAT_VERSION)]
 
 
 def test_no_machine_and_no_registry_is_named() -> None:
