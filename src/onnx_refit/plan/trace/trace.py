@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from onnx_refit.tensors import Array, TensorSpec, is_floating, numpy_dtype, spec
 _ENOUGH = 64  # elements of random values that tell any two weights apart, 8-bit ones too
 _WIDENED = {("float16", "float32"), ("bfloat16", "float32")}
 _SAMPLES = 16  # elements looked at before all
-_TOGETHER = 64 << 20  # bytes of weights up to which two optimisers may run at once, each with copies of its own
 
 
 @dataclass(frozen=True)
@@ -176,14 +174,8 @@ class Tracer:
             apart = None if is_floating(spec.dtype) else self._values(spec, first, count, 0)
             return draw(spec.dtype, count, unlike=apart)
 
-        if sum(spec.nbytes for spec in self._weights) <= _TOGETHER:
-            with ThreadPoolExecutor(1, "onnx-refit-trace") as other:
-                first = other.submit(self._coded, 0, disabled, folder)
-                proof = self._run(random, disabled, folder / "random")
-                coded = [first.result()]
-        else:
-            coded = [self._coded(0, disabled, folder)]
-            proof = self._run(random, disabled, folder / "random")
+        coded = [self._coded(0, disabled, folder)]
+        proof = self._run(random, disabled, folder / "random")
         bones = skeleton(proof.model)
         if skeleton(coded[0].model) != bones:
             shutil.rmtree(folder)
