@@ -83,7 +83,8 @@ def recorded(module: nn.Module, x: list[Any], device: str, *, own: bool) -> Call
     with torch.cuda.graph(graph):
         output = module(*static)
     if not own:
-        return graph.replay
+        replay: Callable[[], object] = graph.replay
+        return replay
 
     def call() -> object:
         for target, source in zip(static, x, strict=True):
@@ -177,5 +178,5 @@ def ort_peers(
             found.extend(made.run(names, dict(inputs)))
         return found
 
-    makers = [lambda b=b, g=g: session(b, g, True) for b in (True, False) for g in (False, True)]  # type: ignore[misc]
+    makers = [lambda b=b, g=g: session(b, g, True) for b in (True, False) for g in (False, True)]
     return [*makers, lambda: session(True, True, False)]

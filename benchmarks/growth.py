@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def measure(model: onnx.ModelProto) -> dict[str, Any]:
             {name: rng.standard_normal(spec.static_shape, dtype=np.float32) for name, spec in specs.items()}
             for _ in range(2)
         ]
-        figures = [once(lambda turn=turn: engine.refit(sets[turn % 2])) for turn in range(9)]
+        figures = [once(partial(engine.refit, sets[turn % 2])) for turn in range(9)]
     return {
         "bytes": plan.weight_bytes,
         "tensors": len(plan.refittable),

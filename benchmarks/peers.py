@@ -50,7 +50,7 @@ def torch_compiled(module: object, threads: int) -> Run:
     import torch
 
     torch.set_num_threads(threads)
-    compiled = torch.compile(module, dynamic=False)  # type: ignore[call-overload]
+    compiled = torch.compile(module, dynamic=False)
 
     def run(inputs: Mapping[str, Array]) -> object:
         with torch.inference_mode():

@@ -34,7 +34,7 @@ def teachers(arguments: argparse.Namespace) -> list[Run]:
     for number in range(1, arguments.teachers + 1):
         dropout, rate = TEACHER_VARIANTS[(number - 1) % len(TEACHER_VARIANTS)]
         labels = arguments.out / f"teacher-{number}" / "labels.safetensors"
-        options = ("--seed", str(number), "--dropout", dropout, "--learning-rate", rate)
+        options: tuple[str, ...] = ("--seed", str(number), "--dropout", dropout, "--learning-rate", rate)
         options += ("--epochs", str(arguments.teacher_epochs), "--write-labels", str(labels))
         runs.append(Run(f"teacher-{number}", labels, options))
     return runs
@@ -44,7 +44,8 @@ def students(arguments: argparse.Namespace, taught_by: list[Run]) -> list[Run]:
     runs = []
     for number in range(1, arguments.students + 1):
         name = f"student-{number}"
-        options = ("--seed", f"1{number}", "--init", str(arguments.out / "teacher-1" / "weights.safetensors"))
+        first = arguments.out / "teacher-1" / "weights.safetensors"
+        options: tuple[str, ...] = ("--seed", f"1{number}", "--init", str(first))
         options += ("--labels", *(str(run.finished) for run in taught_by), "--soft-weight", "0.85")
         options += ("--learning-rate", "0.0012", "--warmup", "300", "--epochs", str(arguments.student_epochs))
         runs.append(Run(name, arguments.out / name / "done", options))

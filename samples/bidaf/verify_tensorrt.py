@@ -289,7 +289,8 @@ class Verification:
 
     def _other(self, name: str, reference: Engine) -> Array:
         array = reference.weights().read(name)
-        return (array * np.asarray(0.5, array.dtype)).astype(array.dtype)
+        halved: Array = (array * np.asarray(0.5, array.dtype)).astype(array.dtype)
+        return halved
 
     def _numbers(self, inputs: Mapping[str, object]) -> dict[str, Array]:
         return apply_maps(self._plan().preprocessors, {name: np.asarray(value) for name, value in inputs.items()})
