@@ -16,7 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("src/onnx_refit/moves")
 # No -march: the file chooses by processor when it runs. No contraction: products are rounded as NumPy rounds them.
-_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wl,-O1")
+_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra")
 
 
 class NativeHook(BuildHookInterface):  # type: ignore[type-arg, misc]

@@ -23,7 +23,7 @@ MOVE = np.dtype(
 )
 """One move: see ``moves.c`` for the fields."""
 
-BATCH = ("moves", "units", "addresses", "count", "stream", "next")
+BATCH = ("moves", "units", "addresses", "count", "stream", "pause", "next")
 """One batch, numbers of 8 bytes all: see ``moves.c`` for the fields."""
 
 FILE = "_moves.so"

@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -60,6 +61,7 @@ typedef struct {
     const uint64_t *addresses;
     int64_t count;  /* of units */
     int64_t stream; /* whether targets are so large that writing them through the caches only empties these */
+    int64_t pause;  /* nanoseconds to sleep after each unit: requests need the cores more */
     int64_t next;   /* the first unit that nobody has begun */
 } batch;
 
@@ -308,6 +310,8 @@ void onnx_refit_work(batch *b) {
             else
                 box(m, b->addresses, (int)b->stream);
         }
+        /* A scheduler would take turns of some milliseconds, far longer than many requests take. */
+        if (b->pause) nanosleep(&(struct timespec){0, b->pause}, NULL);
     }
 #if defined(__SSE2__)
     _mm_sfence(); /* streamed stores are seen before whatever says that this is done */

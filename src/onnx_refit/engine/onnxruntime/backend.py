@@ -23,6 +23,7 @@ from onnx_refit.engine.onnxruntime.tiers import SecondTier
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
 from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
+from onnx_refit.moves.library import Absent, Library
 from onnx_refit.moves.library import load as load_moves
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.tensors import Array, TensorSpec
@@ -78,8 +79,12 @@ class OnnxRuntimeBackend(CompiledBackend):
             self._hosts = HostPool(specialised.model, specialised.packed, options.threads)
         own: Mapping[str, TensorSpec] = {} if self._hosts is None else self._hosts.specs
         threads = options.threads or usable_cores()
+        self._crowded = threads >= usable_cores()
+        self._requests: list[None] = []  # one for each request in flight; lists grow and shrink atomically
         block = block_size()
-        self._deriver = Deriver(specialised, compiled.program.model, sources, block, threads, load_moves())
+        library = load_moves()
+        self._deriver = Deriver(specialised, compiled.program.model, sources, block, threads, library)
+        self._moving = _moved(library, self._deriver.moved, len(specialised.buffers))
         pooled = [spec for name, spec in self._specs.items() if name not in own]
         self._pool = BufferPool(pooled, self._deriver.rest)
         self._recoverer = Recoverer(specialised, sources)
@@ -105,7 +110,7 @@ class OnnxRuntimeBackend(CompiledBackend):
     @property
     def decisions(self) -> Sequence[Decision]:
         """What specialising for this host decided, with reasons."""
-        return self._specialised.decisions
+        return (*self._specialised.decisions, self._moving)
 
     def artefact(self) -> bytes | None:
         """The host specialisation, to give to ``create`` again on the same host."""
@@ -145,7 +150,8 @@ class OnnxRuntimeBackend(CompiledBackend):
         self._pool.touch()
         lease, hosted = self._lease(held, renew)
         fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in renew}
-        self._deriver.derive(sources, {name: buffer.storage for name, buffer in fresh.items()}, inspector)
+        aside = self._crowded and bool(self._requests)
+        self._deriver.derive(sources, {n: buffer.storage for n, buffer in fresh.items()}, inspector, aside=aside)
         if lease is not None:
             lease.settle(hosted.keys() & renew)
         made = self._weight_set(earlier if held else None, {**hosted, **fresh})
@@ -187,12 +193,15 @@ class OnnxRuntimeBackend(CompiledBackend):
         own = _own(weights)
         if self._deadly:
             refuse_empty(self._deadly, inputs)
+        self._requests.append(None)
         try:
             values = own.run(inputs)
         except EngineError as error:
             if not self._empty.concerns(error):
                 raise
             values = self._empty.run(self._plain(own.buffers), inputs)
+        finally:
+            self._requests.pop()
         results = dict(zip(self._outputs, values, strict=True))
         return results if outputs is None else {name: results[name] for name in outputs}
 
@@ -213,6 +222,14 @@ class OnnxRuntimeBackend(CompiledBackend):
             self._second.close()
         self._deriver.close()
         self._pool.close()
+
+
+def _moved(library: Library | Absent, moved: int, every: int) -> Decision:
+    """Whether refits run in native code."""
+    subject, action = "refits", "move weights by native code"
+    if isinstance(library, Absent):
+        return Decision(subject, action, Verdict.REJECTED, f"{library.reason}; Python does it a few times slower")
+    return Decision(subject, action, Verdict.ACCEPTED, f"{moved} of {every} engine weights are only moved or scaled")
 
 
 def _host(buffers: Mapping[str, Buffer]) -> Host:

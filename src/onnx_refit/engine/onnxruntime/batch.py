@@ -28,6 +28,7 @@ class _Program:
     Attributes:
         moves: all of them.
         bounds: the first move of each unit, and the end.
+        places: the addresses of both.
         elements: how many they write or look at.
         nbytes: the same in bytes.
         reads: name and slot of each tensor that they read.
@@ -36,6 +37,7 @@ class _Program:
 
     moves: Array
     bounds: Array
+    places: tuple[int, int]
     elements: int
     nbytes: int
     reads: Sequence[tuple[str, int]]
@@ -136,6 +138,7 @@ class Batcher:
         tensors: Mapping[str, Array],
         steady: Mapping[str, Array],
         claims: Mapping[str, Look],
+        pause: int = 0,
     ) -> Ready:
         """A batch that writes these engine weights and looks at these sources.
 
@@ -144,6 +147,7 @@ class Batcher:
             tensors: the flat, C-contiguous tensors that their recipes read.
             steady: some of them, in the very same memory as long as this is the same mapping.
             claims: source weight -> what to do with each of its elements; of ``seen`` only.
+            pause: nanoseconds to sleep after each unit.
 
         Raises:
             KeyError: a tensor is missing.
@@ -153,11 +157,12 @@ class Batcher:
         if steady is not self._steady:
             self._settle(steady)
         # Lists, and arrays of the standard library: many single elements are written, which NumPy is slow at.
-        addresses = list(self._template)
+        addresses = self._template.copy()
+        places = self._targets
         for name, storage in targets.items():
-            addresses[self._targets[name]] = storage.address
+            addresses[places[name]] = storage.address
         for name, slot in program.reads:
-            if name not in steady:
+            if not addresses[slot]:
                 addresses[slot] = self._address(name, tensors[name])
         flags = bytearray(len(claims) + 1)
         first = _buffer(flags)
@@ -174,8 +179,7 @@ class Batcher:
                 addresses[flag] = first + number
         table = array("Q", addresses)
         stream = int(program.nbytes + kept > _STREAMED)
-        places = (program.moves.ctypes.data, program.bounds.ctypes.data, table.buffer_info()[0])
-        header = array("q", (*places, len(program.bounds) - 1, stream, 0))
+        header = array("q", (*program.places, table.buffer_info()[0], len(program.bounds) - 1, stream, pause, 0))
         return Ready(header, program.elements, flags, tuple(claims.values()), (program, table, tensors, targets))
 
     def _address(self, name: str, flat: Array) -> int:
@@ -214,7 +218,8 @@ class Batcher:
         slots = {*written["source"].tolist(), *written["factor"].tolist()}
         reads = [(name, slot) for name, slot in self._reads.items() if slot in slots]
         nbytes = sum(unit.elements * unit.rows[-1][1] for unit in chosen)
-        return _Program(moves, bounds, sum(unit.elements for unit in chosen), nbytes, reads, chosen)
+        places = moves.ctypes.data, bounds.ctypes.data
+        return _Program(moves, bounds, places, sum(unit.elements for unit in chosen), nbytes, reads, chosen)
 
 
 def _buffer(memory: bytearray) -> int:

@@ -29,6 +29,7 @@ from onnx_refit.threads import step_back
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 _MOVED = 1 << 19  # elements; the same for native code
+_PAUSE = 50_000  # nanoseconds after each unit of native code, which takes about as long, where requests go first
 _ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
 _BUNDLES = 4
 _LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
@@ -170,6 +171,11 @@ class Deriver:
                 found |= through(name.removeprefix(COMPUTED))
         return frozenset(found)
 
+    @property
+    def moved(self) -> int:
+        """How many engine weights native code writes."""
+        return 0 if self._batcher is None else len(self._batcher.names)
+
     def needed_for(self, name: str) -> frozenset[str]:
         """The source weights that deriving an engine weight takes."""
         return self._needed[name]
@@ -179,9 +185,20 @@ class Deriver:
         return frozenset(name for source in changed for name in self._readers.get(source, ()))
 
     def derive(
-        self, sources: Mapping[str, Array], targets: Mapping[str, Storage], inspector: Inspector | None = None
+        self,
+        sources: Mapping[str, Array],
+        targets: Mapping[str, Storage],
+        inspector: Inspector | None = None,
+        *,
+        aside: bool = False,
     ) -> None:
         """Write these engine weights, and let the inspector look at the sources.
+
+        Args:
+            sources: see ``Backend.derive``.
+            targets: engine weight -> where it goes.
+            inspector: see ``Backend.derive``.
+            aside: whether to leave the cores to others for the most part, and so to take a few times as long.
 
         Raises:
             EngineError: a source is missing, or a computation failed.
@@ -193,7 +210,7 @@ class Deriver:
                 for name in self._wide(targets):
                     tensors[WIDE + name] = self._widen(tensors[name])
                 claims, looks, tasks = self._looks(sources, targets, inspector)
-                ready = self._ready(targets, tensors, steady, claims)
+                ready = self._ready(targets, tensors, steady, claims, _PAUSE if aside else 0)
                 for name, writer in self._others(targets):
                     if name in steady.writers:
                         tasks += steady.tasks(writer, targets[name])
@@ -203,7 +220,7 @@ class Deriver:
                 raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
             for storage in targets.values():
                 storage.settled = False
-            self._run(tasks, ready)
+            self._run(tasks, ready, alone=aside)
             if ready is not None:
                 ready.tell()
             for storage in targets.values():
@@ -261,13 +278,14 @@ class Deriver:
         tensors: Mapping[str, Array],
         steady: Steady,
         claims: Mapping[str, Look],
+        pause: int,
     ) -> Ready | None:
         """The batch of what native code does; None if that is nothing."""
         batcher = self._batcher
         if batcher is None:
             return None
         own = {name: storage for name, storage in targets.items() if name in batcher.names}
-        return batcher.ready(own, tensors, steady.flats, claims) if own or claims else None
+        return batcher.ready(own, tensors, steady.flats, claims, pause) if own or claims else None
 
     def _others(self, targets: Mapping[str, Storage]) -> Iterable[tuple[str, Writer]]:
         """The targets that Python writes."""
@@ -294,12 +312,12 @@ class Deriver:
         needed = set().union(*(self._reads[name] for name in targets))
         return {name: name.partition(":")[2] for name in needed}
 
-    def _run(self, tasks: list[Task], ready: Ready | None) -> None:
+    def _run(self, tasks: list[Task], ready: Ready | None, *, alone: bool) -> None:
         batch: list[Task] = []
         if ready is not None and self._batcher is not None:
             batch = [(ready.elements, self._batcher.library.work, (ready.address,))]
         moved = sum(task[0] for task in batch)
-        if self._pool is None or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
+        if self._pool is None or alone or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
             _do(batch + tasks)
             return
         # Each thread works on the same batch until nothing of it is left to begin.

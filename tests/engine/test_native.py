@@ -1,0 +1,120 @@
+"""The native code as a part that may be missing: found, refused, done without; and what its build hook does."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import onnx_refit
+from onnx_refit.engine.onnxruntime import backend as backends
+from onnx_refit.moves.library import FILE, OFF, Absent, Library, load
+from onnx_refit.plan.compiled import Decision, Verdict
+
+from .zoo import model, n, weight
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src/onnx_refit/moves/moves.c"
+compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def hook() -> ModuleType:
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refitted(threads: int) -> tuple[np.ndarray, Decision]:
+    rng = np.random.default_rng(0)
+    made = model(
+        [n("MatMul", "x w", "h"), n("Add", "h b", "y")],
+        [("x", ["M", 96])],
+        [("y", None)],
+        [weight(rng, "w", 96, 64), weight(rng, "b", 64)],
+    )
+    plan = onnx_refit.build(made, options=onnx_refit.BuildOptions(engine=onnx_refit.EngineOptions(threads)))
+    with onnx_refit.load(plan) as engine:
+        engine.refit({"w": np.full((96, 64), 2, np.float32), "b": np.arange(64, dtype=np.float32)})
+        (decision,) = [d for d in engine.decisions if d.action == "move weights by native code"]
+        return engine.run({"x": np.ones((2, 96), np.float32)})["y"], decision
+
+
+@compiler
+def test_what_is_installed_is_used() -> None:
+    answer, decision = refitted(1)
+    assert decision.verdict is Verdict.ACCEPTED
+    np.testing.assert_array_equal(answer, np.broadcast_to(192 + np.arange(64, dtype=np.float32), (2, 64)))
+
+
+def test_the_environment_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OFF, "1")
+    answer, decision = refitted(1)
+    assert decision.verdict is Verdict.REJECTED
+    assert OFF in decision.reason
+    np.testing.assert_array_equal(answer, np.broadcast_to(192 + np.arange(64, dtype=np.float32), (2, 64)))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a library"])
+def test_a_missing_or_broken_file_is_done_without(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / FILE).write_bytes(content)
+    found = load(tmp_path)
+    assert isinstance(found, Absent)
+    assert ("no C compiler" in found.reason) == (content is None)
+
+
+@compiler
+def test_a_file_of_another_version_is_refused(hook: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "moves.c"
+    source.write_text(SOURCE.read_text().replace("int64_t lines;", "int64_t lines, more;"))
+    assert hook.compiled(source, tmp_path / FILE) == ""
+    found = load(tmp_path)
+    assert isinstance(found, Absent)
+    assert "install the package again" in found.reason
+
+
+@compiler
+def test_the_hook_compiles_without_a_warning_and_leaves_nothing_else(hook: ModuleType, tmp_path: Path) -> None:
+    assert hook.compiled(SOURCE, tmp_path / FILE) == ""
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert isinstance(load(tmp_path), Library)
+
+
+@compiler
+def test_what_does_not_compile_is_said(hook: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "moves.c"
+    source.write_text("int broken(")
+    assert "error" in hook.compiled(source, tmp_path / FILE)
+    assert not (tmp_path / FILE).exists()
+
+
+def test_without_a_compiler_there_is_a_reason(
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler" in hook.compiled(SOURCE, tmp_path / FILE)
+
+
+def test_both_ways_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    native, _ = refitted(2)
+    monkeypatch.setattr(backends, "load_moves", lambda: Absent("the test does without"))
+    python, decision = refitted(2)
+    assert decision.verdict is Verdict.REJECTED
+    assert native.tobytes() == python.tobytes()
