@@ -113,6 +113,14 @@ def test_inspect_shows_weights_and_what_reads_them(place: Path, capsys: pytest.C
     assert "4 refittable weights" in capsys.readouterr().out
 
 
+def test_check_says_which_file_of_a_directory_it_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "hub"
+    folder.mkdir()
+    safetensors.numpy.save_file(mlp_weights(1), folder / "model.safetensors")
+    assert main(["check", str(place / "mlp.plan"), str(folder)]) == 0
+    assert f"a refit from {folder / 'model.safetensors'} would be accepted" in capsys.readouterr().out
+
+
 def test_check_says_what_would_be_refused_and_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(place / "mlp.plan"), str(place / "one.safetensors")]) == 0
     assert "a refit would be accepted" in capsys.readouterr().out

@@ -210,7 +210,8 @@ def check_command(
         emit_json(report.to_json())
     else:
         show_check(report, measured=True)
-        say("a refit would be accepted" if report.ok else "a refit would be refused")
+        opened_as = "" if source.description == weights else f" from {source.description}"
+        say(f"a refit{opened_as} would be {'accepted' if report.ok else 'refused'}")
     if not report.ok:
         sys.stdout.flush()
         raise click.exceptions.Exit(1)

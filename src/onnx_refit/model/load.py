@@ -19,6 +19,7 @@ from onnx_refit.model.graph import all_graphs, opset, without_initializers
 from onnx_refit.model.order import sort_nodes
 
 _STANDARD = ("", "ai.onnx")
+_MODEL = "Give an ONNX model (.onnx)"
 _MAX_PROTOBUF = 2**31 - 1
 _SMALL = 256
 """Elements of a tensor that is read from external data in any case, as passes and shape inference may need it."""
@@ -93,15 +94,15 @@ def _parsed(data: bytes, path: Path) -> tuple[ModelProto, int]:
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        raise ModelError("not an ONNX model, or a damaged one", where=path) from error
+        raise ModelError("not an ONNX model, or a damaged one", where=path, hint=_MODEL) from error
     return model, len(data)
 
 
 def _require_file(path: Path) -> None:
     if path.is_dir():
-        raise ModelError("a directory, not a model file", where=path)
+        raise ModelError("a directory, not a model file", where=path, hint="Name the .onnx file in it")
     if not path.exists():
-        raise ModelError("no such file", where=path)
+        raise ModelError("no such file", where=path, hint="Check the path")
 
 
 def _read(path: Path) -> bytes:
@@ -111,7 +112,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     if not data:
-        raise ModelError("the file is empty", where=path)
+        raise ModelError("the file is empty", where=path, hint="Export the model again")
     return data
 
 
@@ -125,7 +126,7 @@ def check_structure(model: ModelProto, path: Path | None) -> None:
     elif not model.opset_import:
         missing = "opset"
     if missing is not None:
-        raise ModelError(f"not an ONNX model: it has no {missing}", where=path)
+        raise ModelError(f"not an ONNX model: it has no {missing}", where=path, hint=_MODEL)
     if model.ir_version > onnx.IR_VERSION:
         raise UnsupportedModelError(
             f"ONNX IR version {model.ir_version} is newer than {onnx.IR_VERSION}, the newest this installation reads",
