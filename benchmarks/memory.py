@@ -84,7 +84,7 @@ def main(path: str) -> None:
             for array in given.values():
                 array *= array.dtype.type(factor)
             engine.refit(given).full_speed.wait()
-            del given
+            del given, array
             gc.collect()
         two = settled() - before
     figures = {

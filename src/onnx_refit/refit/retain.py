@@ -193,12 +193,20 @@ class Retainer:
         specs: the weights to keep.
         disk: whether to move them to disk once refits pause.
         together: how many of them, the first ones and float32, lie side by side where all are kept at once.
+        rest: called in another thread once refits pause, so that others free their memory too.
 
     Attributes:
         warm_because: why nothing is moved to disk although it should be; None while that works.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec], *, disk: bool = True, together: int = 0) -> None:
+    def __init__(
+        self,
+        specs: Iterable[TensorSpec],
+        *,
+        disk: bool = True,
+        together: int = 0,
+        rest: Callable[[], None] | None = None,
+    ) -> None:
         self._layout: dict[str, _Place] = {}
         end = joined = 0
         for index, spec in enumerate(specs):
@@ -207,6 +215,7 @@ class Retainer:
             joined += spec.size if index < together else 0
         self._together = joined
         self._nbytes = end
+        self._rest = rest
         self._spare: list[_Arena] = []
         self._used = threading.Event()
         self._deadline = 0.0
@@ -298,8 +307,10 @@ class Retainer:
         return self._deadline - time.monotonic()
 
     def clear(self) -> None:
-        """Free a spare arena."""
+        """Free a spare arena, and what others have for a next refit."""
         self._spare.clear()
+        if self._rest is not None:
+            self._rest()
 
     def cool(self) -> None:
         """Move what is kept to disk, until the next refit comes; where that fails it stays, and ``warm_because``."""
