@@ -17,6 +17,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ import torch
 
 import onnx_refit
 from benchmarks.cases import CASES
-from benchmarks.gpu import hardware
+from benchmarks.gpu import hardware, wide_mlp
+from onnx_refit.engine.cuda.backend import CudaBackend
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
 from onnx_refit.engine.registry import EngineOptions
 from onnx_refit.model.prepare import prepare
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.check import Casting
+from onnx_refit.refit.live import Engine
 
 Call = tuple[Callable[[], object], Callable[[], object]]
 """What is not timed, and what is."""
@@ -106,14 +110,19 @@ def measure(name: str, device: str, rounds: int) -> dict[str, Any]:
     plan = onnx_refit.build(model, engine="cuda", options=onnx_refit.BuildOptions(specialise=False))
     assert plan.weights is not None
     weights = dict(plan.weights)
-    trainer, half = Trainer(weights, device), Trainer(weights, device, torch.bfloat16)
-    turned, single = Trainer(weights, device, turned=True), Trainer(weights, device)
-    flat, target = (torch.zeros(trainer.nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
-    engines = {key: loaded(plan, device) for key in ("mapping", "new mapping", "bound", "half", "turned", "partial")}
+    keys = ("mapping", "new mapping", "bound", "half", "turned", "partial", "bf16", "frozen")
+    trainers = {key: Trainer(weights, device) for key in keys}
+    trainers["half"] = Trainer(weights, device, torch.bfloat16)
+    trainers["turned"] = Trainer(weights, device, turned=True)
+    engines = {key: loaded(plan, device) for key in keys if key != "bf16"}
     engines["bf16"] = loaded(plan, device, precision=Precision.BF16)
-    bound = engines["bound"].bind(trainer.tensors)
-    some = {n: single.tensors[n] for n in list(single.tensors)[: max(1, len(single.tensors) // 2)]}
-
+    nbytes = trainers["bound"].nbytes
+    flat, target = (torch.zeros(nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
+    bound = engines["bound"].bind(trainers["bound"].tensors)
+    single = trainers["partial"].tensors
+    some = {name: single[name] for name in list(single)[: max(1, len(single) // 2)]}
+    frozen = Trainer(weights, device)
+    engines["frozen"].refit(frozen.tensors)
     rounding = onnx_refit.CheckOptions(casting=Casting.ROUND)  # BiDAF has weights of float16
 
     def copy() -> None:
@@ -121,23 +130,27 @@ def measure(name: str, device: str, rounds: int) -> dict[str, Any]:
         if device != "cpu":
             torch.cuda.synchronize()
 
-    step = trainer.step
+    def of(key: str, call: Callable[[Any, Any], object]) -> Call:
+        return trainers[key].step, lambda: call(engines[key], trainers[key].tensors)
+
     calls: dict[str, Call] = {
         "copy": (lambda: flat.mul_(0.97), copy),
-        "bound": (step, lambda: engines["bound"].refit(bound)),
-        "mapping": (step, lambda: engines["mapping"].refit(trainer.tensors)),
-        "new mapping of new tensors": (step, lambda: engines["new mapping"].refit(detached(trainer.tensors))),
-        "from bfloat16": (half.step, lambda: engines["half"].refit(half.tensors, rounding)),
-        "from another order": (turned.step, lambda: engines["turned"].refit(turned.tensors)),
-        "half of the weights": (single.step, lambda: engines["partial"].refit(some, partial=True)),
-        "into bfloat16": (step, lambda: engines["bf16"].refit(trainer.tensors)),
+        "bound": of("bound", lambda engine, _: engine.refit(bound)),
+        "mapping": of("mapping", lambda engine, tensors: engine.refit(tensors)),
+        "new mapping of new tensors": of("new mapping", lambda engine, tensors: engine.refit(detached(tensors))),
+        "from bfloat16": of("half", lambda engine, tensors: engine.refit(tensors, rounding)),
+        "from another order": of("turned", lambda engine, tensors: engine.refit(tensors)),
+        "half of the weights": of("partial", lambda engine, _: engine.refit(some, partial=True)),
+        "into bfloat16": of("bf16", lambda engine, tensors: engine.refit(tensors)),
+        "nothing changed": (lambda: None, lambda: engines["frozen"].refit(frozen.tensors)),
     }
     seconds = alternate(calls, rounds, device)
-    report = engines["mapping"].refit(trainer.tensors)
+    trainers["bound"].step()
+    report = engines["bound"].refit(bound)
     for engine in engines.values():
         engine.close()
     return {
-        "bytes": trainer.nbytes,
+        "bytes": nbytes,
         "bytes kept": sum(
             spec.nbytes for n, spec in plan.refittable.items() if n not in engines["mapping"]._backend.recoverable
         ),
@@ -155,32 +168,24 @@ def detached(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def fixed(device: str, rounds: int) -> dict[str, Any]:
-    """The same of a model of a hundred weights of a few bytes: what a refit costs that moves nothing."""
-    from benchmarks.gpu import wide_mlp
-
-    compiled, weights = wide_mlp(100, 16)
-    from onnx_refit.engine.cuda.backend import CudaBackend
-    from onnx_refit.refit.live import Engine
-
-    trainer = Trainer(weights, device)
-    chosen = CudaOptions(devices=(device,))
-    engine = Engine(Plan("cuda", compiled, weights, ""), CudaBackend(compiled, device, chosen), weights)
-    bound = engine.bind(trainer.tensors)
-    flat, target = (torch.zeros(trainer.nbytes // 4, dtype=torch.float32, device=device) for _ in range(2))
+    """The same of weights of a few bytes, one and a hundred: what a refit costs that moves nothing."""
+    calls: dict[str, Call] = {}
+    for count, key in product((1, 100), ("bound", "mapping")):
+        compiled, weights = wide_mlp(count, 16)
+        trainer = Trainer(weights, device)
+        backend = CudaBackend(compiled, device, CudaOptions(devices=(device,)))
+        engine = Engine(Plan("cuda", compiled, weights, ""), backend, weights)
+        given = engine.bind(trainer.tensors) if key == "bound" else trainer.tensors
+        calls[f"{key}, {count}"] = trainer.step, partial(engine.refit, given)
+    flat, target = (torch.zeros(64, dtype=torch.float32, device=device) for _ in range(2))
 
     def copy() -> None:
         target.copy_(flat)
         if device != "cpu":
             torch.cuda.synchronize()
 
-    calls: dict[str, Call] = {
-        "copy": (lambda: flat.mul_(0.97), copy),
-        "bound": (trainer.step, lambda: engine.refit(bound)),
-        "mapping": (trainer.step, lambda: engine.refit(trainer.tensors)),
-    }
-    seconds = alternate(calls, rounds, device)
-    engine.close()
-    return {"tensors": len(weights), "microseconds": {key: round(value * 1e6, 1) for key, value in seconds.items()}}
+    calls["copy"] = lambda: flat.mul_(0.97), copy
+    return {"microseconds": {key: round(value * 1e6, 1) for key, value in alternate(calls, rounds, device).items()}}
 
 
 def main() -> None:
@@ -188,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--only", default="bidaf,encoder,resnet18,resnet50,mlp")
+    parser.add_argument("--only", default="fixed,bidaf,encoder,resnet18,resnet50,mlp")
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
     rounds = 5 if chosen.quick else 300

@@ -175,19 +175,21 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Taken:
-    """What was made of source weights on a backend's device.
+    """What is being made of source weights on a backend's device; good for nothing before it is settled.
 
     Attributes:
         weights: the weight set.
         kept: copies of those given that ``recover`` does not give back, each read to the host when it is asked for.
         marks: the elements asked for of every weight of the version that this makes, read when they are asked for.
-        alike: the weights given in which those elements are as before.
+        settle: waits, once, before anything else is taken. It gives the names of the weights in which those elements
+            are as before; None where a value is not finite or does not survive a cast, or where the tensors turned out
+            to be others than those attached.
     """
 
     weights: WeightSet
     kept: Mapping[str, Array]
     marks: Mapping[str, bytes]
-    alike: Sequence[str]
+    settle: Callable[[], Sequence[str] | None]
 
 
 Holder: TypeAlias = Callable[[str], Mapping[str, Array]]
@@ -235,8 +237,8 @@ class InPlace(Protocol):
             look: whether to look for NaN and infinities.
 
         Returns:
-            None where the tensors are not those that were attached (another address, dtype, shape or order of
-            elements), where a value is not finite, or does not survive a cast.
+            What is being made, by the device; ``settle`` tells whether it can be used. None where the tensors are not
+            those that were attached (another address, dtype, shape or order of elements).
 
         Raises:
             EngineError: the derivation failed.

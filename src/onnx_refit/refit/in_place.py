@@ -218,16 +218,20 @@ class InPlaceRefit:
             self._sampler.elements(base.samples),
             look=not known.options.allow_nonfinite,
         )
-        seconds["derive"] = time.perf_counter() - started
         if taken is None:
             return None
+        # All that does not depend on what the device finds is done while it works.
         retained = self._retainer.adopt(taken.kept, base.retained) if self._kept else base.retained
-        equal = self._equal(taken, base) if taken.alike else frozenset()
-        changed = known.names - equal if equal else known.names
+        samples = Elsewhere(taken.marks, self._sampler)
+        alike = taken.settle()
+        seconds["derive"] = time.perf_counter() - started
+        if alike is None:
+            return None
+        changed = known.names - self._equal(taken, alike, base) if alike else known.names
         return Candidate(
             weights=taken.weights,
             retained=retained,
-            samples=Elsewhere(taken.marks, self._sampler),
+            samples=samples,
             base=base.number,
             full=len(changed) == len(self._specs),
             changed=changed,
@@ -235,13 +239,13 @@ class InPlaceRefit:
             check=known.report,
         )
 
-    def _equal(self, taken: Taken, base: Version) -> frozenset[str]:
-        """The weights that have the very bits they have now."""
+    def _equal(self, taken: Taken, alike: Sequence[str], base: Version) -> frozenset[str]:
+        """The weights that have the very bits they have now, among those that may."""
         assert self._device is not None
         kept: Mapping[str, Array] = taken.kept
         # What lies elsewhere by now (on disk) is compared here, and brought nowhere.
-        here = {name for name in taken.alike if name in kept and type(base.retained.holder(name)) is not type(kept)}
-        there = [name for name in taken.alike if name not in here]
+        here = {name for name in alike if name in kept and type(base.retained.holder(name)) is not type(kept)}
+        there = [name for name in alike if name not in here] if here else alike
         equal = self._device.equal(there, (taken.weights, lambda name: kept), (base.weights, base.retained.holder))
         return equal | {name for name in here if same_bits(kept[name], base.retained[name])}
 

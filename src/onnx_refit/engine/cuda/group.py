@@ -123,8 +123,10 @@ class CudaGroup:
         """See ``InPlace.take``; the others get what the first device made."""
         bases = _own(base).members
         taken = self._members[0].take(attached, tensors, bases[0], holder, positions, before, look=look)
-        if taken is None:
+        alike = None if taken is None else taken.settle()
+        if taken is None or alike is None:
             return None
+        taken = replace(taken, settle=lambda: alike)
         first = own(taken.weights)
         if not first.shared_nbytes:
             return replace(taken, weights=GroupWeightSet(self._broadcast(first) or self._passed_on(first)))

@@ -320,21 +320,25 @@ class Comparison:
     def __init__(self, names: Sequence[str], sizes: Sequence[int], device: Any) -> None:
         self.names, self._device = tuple(names), device
         pieces = cut([Part(torch.uint8, (size,), size) for size in sizes], [(row, 0) for row in range(len(names))])
-        self._count = len(pieces)
         self._pieces = upload(pieces, device)
-        self._differ = kernels.kernel(_FILES, "differ", device.index)
+        self._addresses = Addresses(2 * len(names), device)
+        self._found = torch.zeros(max(1, len(names)), dtype=torch.int32, pin_memory=True)
+        left = self._addresses.address
+        fixed = (left, left + 8 * len(names), self._pieces.data_ptr(), self._found.data_ptr())
+        differ = kernels.kernel(_FILES, "differ", device.index)
+        self._differ = kernels.Prepared(differ, device, len(pieces), _THREADS, fixed, 0) if len(pieces) else None
 
-    def equal(self, sides: Sequence[Sequence[int]]) -> frozenset[str]:
+    def equal(self, left: Sequence[int], right: Sequence[int]) -> frozenset[str]:
         """Those whose bytes are the same.
 
         Args:
-            sides: two addresses of each, where wide loads are allowed.
+            left: an address of each, where wide loads are allowed.
+            right: another one.
         """
-        if not self._count:
-            return frozenset(self.names)
-        flags = torch.zeros(len(self.names), dtype=torch.int32, device=self._device)
-        there = upload(np.array(sides, np.uint64), self._device)
-        right = there.data_ptr() + 8 * len(self.names)
-        arguments = (there.data_ptr(), right, self._pieces.data_ptr(), flags.data_ptr())
-        kernels.launch(self._differ, self._device, (self._count,), (_THREADS,), arguments)
-        return frozenset(name for name, flag in zip(self.names, flags.cpu().tolist(), strict=True) if not flag)
+        self._found.zero_()
+        if self._differ is not None:
+            stream = kernels.current_stream(self._device)
+            self._addresses.note([*left, *right])
+            self._differ(stream)
+            kernels.wait(stream)
+        return frozenset(name for name, differs in zip(self.names, self._found.tolist(), strict=False) if not differs)

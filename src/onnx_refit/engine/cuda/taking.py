@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx_refit.engine.cuda.attached import Attached
 from onnx_refit.engine.cuda.filling import Filler
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.route import Comparison, Route
+from onnx_refit.engine.cuda.streams import on_device
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import Holder, Taken
 from onnx_refit.plan.compiled import CompiledModel
@@ -85,6 +87,7 @@ class Taker:
         self._wanted: OrderedDict[tuple[str, ...], Wanted] = OrderedDict()
         self._routes: OrderedDict[tuple[str, ...], tuple[Route, ...]] = OrderedDict()
         self._comparison: Comparison | None = None  # that of the last refit: what is frozen stays frozen
+        self._unsettled = False
         self._nothing = Arena(Layout([], torch.float32), device)
         self._positions: Mapping[str, Array] | None = None
         self._places: Places | None = None
@@ -100,7 +103,7 @@ class Taker:
         *,
         look: bool,
     ) -> Taken | None:
-        """See ``InPlace.take``; everything is done when it returns."""
+        """See ``InPlace.take``."""
         wanted = self._wanted.get(attached.names) or self._want(attached.names)
         if positions is not self._positions:
             self._positions, self._places = positions, Places(self._specs, positions, self._device)
@@ -115,37 +118,52 @@ class Taker:
         if not wanted.whole:
             now.there.copy_(old)
         others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
+        weights = self._made(wanted, base, arena)
+        kept = PutAside(aside, self._specs)
         if not self._kernels:
             alike = self._one_by_one(attached, tensors, wanted, others, arena, aside, old, now.there, look=look)
-            return None if alike is None else self._taken(wanted, base, arena, aside, now, alike)
+            return Taken(weights, kept, now, lambda: alike)
         stream = kernels.current_stream(self._device)
+        if self._unsettled:
+            kernels.wait(stream)
+        self._unsettled = True
         try:
             routes = self._enqueue(stream, attached, tensors, wanted, others, arena, aside, old, now.there)
-            taken = self._taken(wanted, base, arena, aside, now, ())  # while the kernels run
-        finally:
+        except BaseException:
             kernels.wait(stream)
-        if not routes:
+            raise
+        if not routes and not attached.held:
+            kernels.wait(stream)
             return None
-        found = [route.alike(look=look) for route in routes]
-        if None in found:
-            return None
-        same = tuple(name for names in found if names for name in names)
-        return replace(taken, alike=same) if same else taken
+        return Taken(weights, kept, now, partial(self._settle, stream, attached, tensors, routes, look, marks))
 
-    def _taken(
+    def _settle(
         self,
-        wanted: Wanted,
-        base: CudaWeightSet,
-        arena: Arena,
-        aside: Arena,
-        now: Marks,
-        alike: tuple[str, ...],
-    ) -> Taken:
-        kept = PutAside(aside, self._specs)
+        stream: int,
+        attached: Attached,
+        tensors: Sequence[Any],
+        routes: Sequence[Route],
+        look: bool,
+        held: object,
+    ) -> Sequence[str] | None:
+        """See ``Taken.settle``; ``held`` is what kernels read and must not be given back before."""
+        same = not attached.held or attached.form.same(tensors)
+        if torch._C._cuda_getDevice() == self._device.index:
+            kernels.wait(stream)
+        else:
+            with on_device(self._device):
+                kernels.wait(stream)
+        self._unsettled = False
+        found = [route.alike(look=look) for route in routes]
+        if not same or None in found:
+            return None
+        return [name for names in found if names for name in names]
+
+    def _made(self, wanted: Wanted, base: CudaWeightSet, arena: Arena) -> CudaWeightSet:
         if wanted.layout is self._layout:
-            return Taken(CudaWeightSet(arena), kept, now, alike)
+            return CudaWeightSet(arena)
         everywhere = {**base.places, **dict.fromkeys(wanted.weights, arena)}
-        return Taken(CudaWeightSet(arena, everywhere, base.nbytes - wanted.layout.payload), kept, now, alike)
+        return CudaWeightSet(arena, everywhere, base.nbytes - wanted.layout.payload)
 
     def _enqueue(
         self,
@@ -161,8 +179,8 @@ class Taker:
     ) -> Sequence[Route]:
         """Everything by kernels of ours; nothing where the tensors are not the ones that were attached.
 
-        Nothing is read before it is known to be there. Where somebody holds the memory it is, and kernels start first;
-        else a few large weights are looked at first, and all others while these are on their way.
+        Nothing is read before it is known to be there. Where somebody holds the memory it is, and the tensors are
+        looked at later; else a few large weights are looked at first, and all others while these are on their way.
         """
         routes = self._routes.get(attached.names) or self._route(wanted)
         held = attached.held
@@ -174,7 +192,7 @@ class Taker:
             if not held and not form.same(tensors):
                 return ()
             route.enqueue(stream, attached, tensors, others, arena, aside, before, after, self._filler)
-        return () if held and not attached.form.same(tensors) else chosen
+        return chosen
 
     def _want(self, given: tuple[str, ...]) -> Wanted:
         program, kept = self._compiled.program, self._specs.keys() - self._recoverable.keys()
@@ -282,22 +300,31 @@ class Taker:
             pairs = {name: (self._other(name, *left), self._other(name, *right)) for name in names}
             return frozenset(name for name, (one, other) in pairs.items() if _same_bits(one, other))
         alive: list[Tensor] = []
-        sides = [[self._address(name, *side, alive) for name in names] for side in (left, right)]
+        one, other = (self._addresses(names, *side, alive) for side in (left, right))
         if self._comparison is None or self._comparison.names != tuple(names):
             self._comparison = Comparison(names, [self._specs[name].nbytes for name in names], self._device)
-        return self._comparison.equal(sides)
+        return self._comparison.equal(one, other)
 
-    def _address(self, name: str, weights: CudaWeightSet, holder: Holder, alive: list[Tensor]) -> int:
-        """Of a source weight of a version; what had to be brought to the device is put where it stays alive."""
-        engine = self._recoverable.get(name)
-        if engine is not None:
-            return weights.places[engine].address(engine)
-        held = holder(name)
-        if isinstance(held, PutAside) and held.device == self._device:
-            return held.address(name)
-        alive.append(self._other(name, weights, holder))
-        address: int = alive[-1].data_ptr()
-        return address
+    def _addresses(
+        self, names: Sequence[str], weights: CudaWeightSet, holder: Holder, alive: list[Tensor]
+    ) -> list[int]:
+        """Of source weights of a version; what had to be brought to the device is put where it stays alive."""
+        engines = self._recoverable
+        whole = weights.arena if weights.arena.layout is self._layout else None
+        begin = int(weights.arena.storage.data_ptr())
+        found = []
+        for name in names:
+            engine = engines.get(name)
+            if engine is not None and whole is not None:
+                found.append(begin + self._layout.slots[engine].offset)
+            elif engine is not None:
+                found.append(weights.places[engine].address(engine))
+            elif type(held := holder(name)) is PutAside and held.device == self._device:
+                found.append(held.address(name))
+            else:
+                alive.append(self._other(name, weights, holder))
+                found.append(int(alive[-1].data_ptr()))
+        return found
 
 
 def _remember(cache: OrderedDict[tuple[str, ...], T], key: tuple[str, ...], value: T) -> T:
