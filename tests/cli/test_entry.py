@@ -44,6 +44,11 @@ print(codes, sorted({"numpy", "onnx", "onnxruntime", "rich"} & set(sys.modules))
     assert python(code).stderr.splitlines()[-1] == "[0, 2, 0] []"
 
 
+def test_a_misspelt_command_is_told_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bulid"]) == 2
+    assert "No such command 'bulid'. Meant: build?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", ["click", "numpy", "onnx", "onnxruntime", "onnx_refit.cli.plans"])
 def test_an_interrupt_while_loading_ends_with_one_line(module):
     code = """
