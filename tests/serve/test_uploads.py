@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +18,10 @@ from safetensors.numpy import save
 pytest.importorskip("uvicorn")
 import onnx_refit
 from onnx_refit.serve.client import RefitClient
-from onnx_refit.serve.direct import Body, blocks
+from onnx_refit.serve.direct import Body
 from onnx_refit.serve.errors import ServeError
 from onnx_refit.serve.priority import background_pool
+from onnx_refit.serve.receiver import Receiver
 from tests.serve.conftest import TOKEN
 from tests.serve.models import affine, affine_weights
 
@@ -168,42 +169,102 @@ def test_a_stopping_server_does_not_wait_for_an_upload(start, wide_plan, tmp_pat
     assert not left_over(tmp_path)
 
 
-def collect(first, remaining, seconds, feed):
-    """Read a body from a real socket pair while ``feed`` writes to the other end."""
+@pytest.fixture
+def receiver():
+    made = Receiver()
+    yield made
+    made.close()
+
+
+def collect(receiver, tmp_path, first, remaining, seconds, feed):
+    """Have a body received from a real socket pair while ``feed`` writes to the other end; what its file holds."""
+    path = tmp_path / "body"
+    told = []
 
     async def run():
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         feeder = threading.Thread(target=feed, args=(theirs,))
         feeder.start()
-        got = bytearray()
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
-            with ThreadPoolExecutor(1) as executor:
-                async with contextlib.aclosing(blocks(Body(first, remaining, ours), seconds, executor)) as pieces:
-                    async for piece in pieces:
-                        got += piece
+            received = await receiver.receive(Body(first, remaining, ours), file, seconds, told.append)
         finally:
+            os.close(file)
             feeder.join()
             theirs.close()
-        assert ours.fileno() == -1, "the socket must be given back"
-        return bytes(got)
+            assert ours.fileno() == -1, "the socket must be given back"
+        received.release()
+        assert told == sorted(told)
+        assert told[-1] == received.nbytes
+        assert received.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.read_bytes()
 
     return asyncio.run(run())
 
 
-def test_a_body_is_read_to_its_end_and_no_further():
+def test_a_body_is_read_to_its_end_and_no_further(receiver, tmp_path):
     data = np.random.default_rng(0).bytes(5_000_000)
-    assert collect(data[:10], len(data) - 10, 20, lambda end: end.sendall(data[10:] + b"next")) == data
+    for first in (0, 10, 300_000):
+        got = collect(
+            receiver,
+            tmp_path,
+            data[:first],
+            len(data) - first,
+            20,
+            lambda end, rest=data[first:]: end.sendall(rest + b"next"),
+        )
+        assert got == data
+        (tmp_path / "body").unlink()
 
 
-def test_a_body_that_does_not_come_is_given_up():
+def test_a_body_that_does_not_come_is_given_up(receiver, tmp_path):
     quiet = threading.Event()
     with pytest.raises(ServeError, match="not complete after") as late:
-        collect(b"", 10_000_000, 0.05, lambda end: (end.sendall(b"x" * 1000), quiet.wait(0.5), end.close()))
+        collect(
+            receiver,
+            tmp_path,
+            b"",
+            10_000_000,
+            0.05,
+            lambda end: (end.sendall(b"x" * 1000), quiet.wait(0.5), end.close()),
+        )
     assert late.value.status == 408
     with pytest.raises(ServeError, match="went away") as gone:
-        collect(b"", 10_000_000, 20, lambda end: (end.sendall(b"x" * 1000), end.close()))
+        collect(receiver, tmp_path, b"", 10_000_000, 20, lambda end: (end.sendall(b"x" * 1000), end.close()))
     assert gone.value.status == 400
+
+
+def test_the_end_of_the_process_that_receives_is_told_and_made_good(receiver, tmp_path):
+    def cut_short(end):
+        end.sendall(b"x" * 300_000)
+        receiver._process.kill()
+        receiver._process.wait()
+        end.shutdown(socket.SHUT_WR)
+
+    with pytest.raises(ServeError, match="ended") as ended:
+        collect(receiver, tmp_path, b"", 300_001, 20, cut_short)
+    assert ended.value.status == 503
+    (tmp_path / "body").unlink()
+    assert (
+        collect(receiver, tmp_path, b"a", 300_000, 20, lambda end: end.sendall(b"b" * 300_000)) == b"a" + b"b" * 300_000
+    )
+
+
+def test_a_file_that_cannot_be_written_is_the_disks_word(receiver, tmp_path):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no disk here that is always full")
+
+    async def run():
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs, full.open("r+b", buffering=0) as file:
+            theirs.sendall(b"x" * 100_000)
+            await receiver.receive(Body(b"", 100_000, ours), file.fileno(), 20, lambda done: None)
+
+    with pytest.raises(OSError, match="No space left"):
+        asyncio.run(run())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have priorities of their own on Linux")

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import re
+import socket
 import ssl
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,25 @@ class ServerEvent:
     number: int
     kind: str
     data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as a body: the system sends it, where it can, without the bytes coming through here."""
+
+    file: IO[bytes]
+    size: int
+    progress: Progress | None
+
+    def send(self, connection: socket.socket) -> None:
+        done = 0
+        while done < self.size:
+            sent = connection.sendfile(self.file, done, min(_BLOCK, self.size - done))
+            if not sent:
+                return  # somebody shortened it meanwhile; the server waits for the rest, and says so
+            done += sent
+            if self.progress is not None:
+                self.progress(done, self.size)
 
 
 class RefitClient:
@@ -134,7 +154,7 @@ class RefitClient:
                     "x-content-sha256": digest,
                 }
                 target = f"{_path(model)}/stage?{urllib.parse.urlencode(query)}"
-                return self._json("POST", target, _blocks(file, size, progress), headers)
+                return self._json("POST", target, _File(file, size, progress), headers)
         except OSError as error:
             raise read_error(path, error) from error
 
@@ -280,7 +300,15 @@ class RefitClient:
             sent["authorization"] = f"Bearer {self._token}"
         try:
             try:
-                connection.request(method, self._parts.path.rstrip("/") + target, body=body, headers=sent)
+                path = self._parts.path.rstrip("/") + target
+                if isinstance(body, _File):
+                    connection.putrequest(method, path)
+                    for name, value in sent.items():
+                        connection.putheader(name, value)
+                    connection.endheaders()
+                    body.send(connection.sock)
+                else:
+                    connection.request(method, path, body=body, headers=sent)
             except BrokenPipeError:
                 # The server answered before it had the whole body, with a refusal that is worth reading.
                 if connection.sock is None:
@@ -311,12 +339,3 @@ def _plain(name: str) -> str:
 
 def _path(model: str, *parts: str) -> str:
     return "/".join(["/v2/models", *(urllib.parse.quote(part, safe="") for part in (model, "refit", *parts))])
-
-
-def _blocks(file: IO[bytes], size: int, progress: Progress | None) -> Iterator[bytes]:
-    done = 0
-    while block := file.read(_BLOCK):
-        yield block
-        done += len(block)
-        if progress is not None:
-            progress(done, size)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -15,16 +13,14 @@ from onnx_refit.errors import InputError
 from onnx_refit.serve.body import headers_of, read_body
 from onnx_refit.serve.context import Context
 from onnx_refit.serve.errors import ServeError
+from onnx_refit.serve.intake import FLAGS, parse_label, parse_sha256, receive_and_stage
 from onnx_refit.serve.json_response import JsonResponse
 from onnx_refit.serve.origins import Origin, blocks_of, parse_name
 from onnx_refit.serve.rest_codec import parse_json
 from onnx_refit.serve.staging import StageOptions
 
 _SMALL = 1 << 16
-_FLAGS = ("partial", "allow_nonfinite", "allow_rounding", "measure")
-_FIELDS = frozenset({"from", "name", "sha256", "label", *_FLAGS})
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_LABEL = re.compile(r"[\w .,:+@=/-]{1,120}")
+_FIELDS = frozenset({"from", "name", "sha256", "label", *FLAGS})
 
 
 def routes(context: Context) -> list[Route]:
@@ -46,27 +42,30 @@ def routes(context: Context) -> list[Route]:
             raise InputError(f"there is no {unknown[0][:40]!r} to say here", hint=f"Known are {', '.join(_FIELDS)}")
         alias, origin = _place(origins, order.get("from"))
         parts = parse_name(order.get("name"))
-        sha256 = _sha256(order.get("sha256"), origin)
-        options = StageOptions(**{name: _flag(order, name) for name in _FLAGS})
-        label = _label(order.get("label", f"{alias}:{'/'.join(parts)}"[:120]))
+        sha256 = parse_sha256(order.get("sha256"), "'sha256'")
+        if sha256 is None and origin.needs_digest:
+            raise InputError("this place is reached without TLS, so 'sha256' must say what the file is")
+        options = StageOptions(**{name: _flag(order, name) for name in FLAGS})
+        label = parse_label(order.get("label", f"{alias}:{'/'.join(parts)}"[:120]))
         loop = asyncio.get_running_loop()
         opened = await loop.run_in_executor(context.spool.threads, origin.open, parts, limits.upload_seconds)
         total = opened.nbytes
         if total is not None and total > limits.upload_bytes:
             opened.close()
             raise ServeError(413, f"the file of {total} bytes is larger than the {limits.upload_bytes} allowed")
-        upload = await context.spool.receive(
-            blocks_of(opened, limits.upload_seconds, context.spool.threads),
-            limit=limits.upload_bytes,
-            progress=lambda done: model.events.publish("upload", label=label, bytes=done, total=total),
-            sha256=sha256,
+        return await receive_and_stage(
+            context,
+            model,
+            lambda progress: context.spool.receive(
+                blocks_of(opened, limits.upload_seconds, context.spool.threads),
+                limit=limits.upload_bytes,
+                progress=progress,
+                sha256=sha256,
+            ),
+            options,
+            label,
+            total,
         )
-        try:
-            context.metrics.upload_bytes.labels(model.name).inc(upload.nbytes)
-            account, fresh = await context.staging(partial(model.desk.stage, upload, options, label))
-        finally:
-            context.spool.remove(upload)
-        return JsonResponse(account, 201 if fresh else 200)
 
     path = "/v2/models/{model}/refit/fetch"
     return [Route(path, places), Route(path, fetch, methods=["POST"])]
@@ -83,24 +82,8 @@ def _place(origins: Any, alias: object) -> tuple[str, Origin]:
     return str(alias), origin
 
 
-def _sha256(value: object, origin: Origin) -> str | None:
-    if value is None:
-        if origin.needs_digest:
-            raise InputError("this place is reached without TLS, so 'sha256' must say what the file is")
-        return None
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise InputError("'sha256' is no sha256 in hex")
-    return value
-
-
 def _flag(order: dict[str, Any], name: str) -> bool:
     value = order.get(name, False)
     if not isinstance(value, bool):
         raise InputError(f"{name!r} must be true or false")
-    return value
-
-
-def _label(value: object) -> str:
-    if not isinstance(value, str) or not _LABEL.fullmatch(value):
-        raise InputError("the label may hold up to 120 letters, digits, spaces and . , : + @ = / - _")
     return value

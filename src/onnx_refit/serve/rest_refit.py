@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -13,21 +13,20 @@ from starlette.routing import Route
 
 from onnx_refit.errors import InputError
 from onnx_refit.refit.canary import Canary
-from onnx_refit.serve.body import headers_of, read_body, require_length
+from onnx_refit.serve.body import chunks, headers_of, read_body, require_length
 from onnx_refit.serve.context import Context
-from onnx_refit.serve.direct import body_chunks
+from onnx_refit.serve.direct import taken_over
 from onnx_refit.serve.errors import ServeError
+from onnx_refit.serve.intake import FLAGS, parse_label, parse_sha256, receive_and_stage
 from onnx_refit.serve.json_response import JsonResponse
 from onnx_refit.serve.model import ServedModel
 from onnx_refit.serve.request import parse_version
 from onnx_refit.serve.rest_codec import HEADER_LENGTH, decode_request, parse_json
+from onnx_refit.serve.spool import Upload
 from onnx_refit.serve.staging import StageOptions
 from onnx_refit.serve.traffic import make_split
 
 _SMALL = 1 << 20
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_LABEL = re.compile(r"[\w .,:+@=/-]{1,120}")
-_FLAGS = ("partial", "allow_nonfinite", "allow_rounding", "measure")
 
 
 def routes(context: Context) -> list[Route]:
@@ -50,26 +49,25 @@ def routes(context: Context) -> list[Route]:
     async def stage(request: Request) -> Response:
         context.require_serving()
         model = model_of(request)
-        options = StageOptions(**{name: _flag(request, name) for name in _FLAGS})
-        label = _label(request)
+        options = StageOptions(**{name: _flag(request, name) for name in FLAGS})
+        label = parse_label(request.query_params.get("label", "upload"))
         headers = headers_of(request.scope)
         require_length(headers, limits.upload_bytes)
-        sha256 = _sha256(headers.get(b"x-content-sha256"))
+        announced = headers.get(b"x-content-sha256")
+        sha256 = parse_sha256(None if announced is None else announced.decode("latin-1"), "the header X-Content-Sha256")
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise ServeError(415, "uploads are taken uncompressed")
         total = int(headers[b"content-length"]) if b"content-length" in headers else None
-        upload = await context.spool.receive(
-            body_chunks(request.scope, request.receive, limits.upload_seconds, context.spool.threads),
-            limit=limits.upload_bytes,
-            progress=lambda done: model.events.publish("upload", label=label, bytes=done, total=total),
-            sha256=sha256,
-        )
-        try:
-            context.metrics.upload_bytes.labels(model.name).inc(upload.nbytes)
-            account, fresh = await context.staging(partial(model.desk.stage, upload, options, label))
-        finally:
-            context.spool.remove(upload)
-        return JsonResponse(account, 201 if fresh else 200)
+        spool, seconds = context.spool, limits.upload_seconds
+
+        def receive(progress: Callable[[int], None]) -> Awaitable[Upload]:
+            body = taken_over(request.scope) if spool.receiver.ready else None
+            if body is not None:
+                return spool.take(body, seconds=seconds, progress=progress, sha256=sha256)
+            ordinary = chunks(request.receive, seconds)
+            return spool.receive(ordinary, limit=limits.upload_bytes, progress=progress, sha256=sha256)
+
+        return await receive_and_stage(context, model, receive, options, label, total)
 
     async def staged(request: Request) -> Response:
         return JsonResponse(await context.at_desk(partial(model_of(request).desk.staged, request.path_params["id"])))
@@ -192,19 +190,3 @@ def _flag(request: Request, name: str) -> bool:
     if value not in ("true", "false"):
         raise InputError(f"{name!r} must be true or false")
     return bool(value == "true")
-
-
-def _label(request: Request) -> str:
-    label: str = request.query_params.get("label", "upload")
-    if not _LABEL.fullmatch(label):
-        raise InputError("the label may hold up to 120 letters, digits, spaces and . , : + @ = / - _")
-    return label
-
-
-def _sha256(value: bytes | None) -> str | None:
-    if value is None:
-        return None
-    text = value.decode("latin-1")
-    if not _SHA256.fullmatch(text):
-        raise InputError("the header X-Content-Sha256 is no sha256 in hex")
-    return text

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ from pathlib import Path
 from onnx_refit.errors import StoreLockedError
 from onnx_refit.files import write_error
 from onnx_refit.serve.body import Buffer
+from onnx_refit.serve.direct import Body
 from onnx_refit.serve.errors import ServeError
 from onnx_refit.serve.priority import background_pool
+from onnx_refit.serve.receiver import Received, Receiver
 
 _BLOCK = 1 << 20
 _THREADS = 2
@@ -34,15 +36,20 @@ class Upload:
         path: where it lies, alone in a directory of its own.
         sha256: of its bytes, in hex.
         nbytes: its size.
+        release: see ``Received``.
     """
 
     path: Path
     sha256: str
     nbytes: int
+    release: Callable[[], None] = lambda: None
 
     def remove(self) -> None:
-        """Delete it; what has it mapped keeps its contents."""
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+        """Delete it, once; what has it mapped keeps its contents."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+            self.path.parent.rmdir()
+        self.release()
 
 
 class Spool:
@@ -72,6 +79,7 @@ class Spool:
         for leftover in self._directory.glob(f"{_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         self._threads = background_pool(_THREADS, "onnx-refit-spool")
+        self.receiver = Receiver()
 
     @property
     def threads(self) -> Executor:
@@ -85,6 +93,7 @@ class Spool:
     def close(self) -> None:
         """Give the directory free."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self.receiver.close()
         self._lock.close()
         if self._temporary:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -110,63 +119,85 @@ class Spool:
                 goes away.
             WriteError: the disk is full.
         """
+        return await self._kept(lambda file: self._write(file, chunks, limit, progress), sha256)
+
+    async def take(
+        self, body: Body, *, seconds: float, progress: Callable[[int], None], sha256: str | None = None
+    ) -> Upload:
+        """Have a body written to a new file by the process that receives uploads.
+
+        Args:
+            body: what was taken over, once ``receiver`` is ready.
+            seconds: time for all of it.
+            progress: called with the bytes written so far, now and then.
+            sha256: what the hash must come out as, where the client said.
+
+        Raises:
+            ServeError: too late, the client went away, or the hash is another one. Nothing is left on disk then.
+            WriteError: the disk is full.
+        """
+        return await self._kept(lambda file: self.receiver.receive(body, file, seconds, progress), sha256)
+
+    async def _kept(self, write: Callable[[int], Awaitable[Received]], sha256: str | None) -> Upload:
+        """A new file, as long as what is written to it is what was announced."""
+        received: Received | None = None
         try:
             directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._directory))
         except OSError as error:
             raise write_error(self._directory, error) from error
         upload: Upload | None = None
         try:
-            received = await self._write(directory / secrets.token_hex(16), chunks, limit, progress)
+            path = directory / secrets.token_hex(16)
+            try:
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    received = await write(file)
+                finally:
+                    os.close(file)
+            except OSError as error:
+                raise write_error(self._directory, error) from error
+            if not received.nbytes:
+                raise ServeError(400, "the upload is empty")
             if sha256 is not None and sha256.lower() != received.sha256:
                 raise ServeError(
                     422, f"the upload's sha256 is {received.sha256}, announced was {sha256[:64]}", hint="Send it again"
                 )
-            upload = received
+            upload = Upload(path, received.sha256, received.nbytes, received.release)
             return upload
         finally:
             if upload is None:
                 shutil.rmtree(directory, ignore_errors=True)
+                if received is not None:
+                    received.release()
 
     async def _write(
-        self, path: Path, chunks: AsyncGenerator[Buffer, None], limit: int, progress: Callable[[int], None]
-    ) -> Upload:
+        self, file: int, chunks: AsyncGenerator[Buffer, None], limit: int, progress: Callable[[int], None]
+    ) -> Received:
         digest = hashlib.sha256()
         total, held = 0, bytearray()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
         def flush(block: Buffer) -> None:
             digest.update(block)
             view = memoryview(block)
             while view:
-                view = view[os.write(descriptor, view) :]
+                view = view[os.write(file, view) :]
 
         async def write(block: Buffer) -> None:
             await _completed(asyncio.get_running_loop().run_in_executor(self._threads, flush, block))
             progress(total)
 
-        try:
-            async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    total += len(chunk)
-                    if total > limit:
-                        raise ServeError(413, f"the upload is larger than the {limit} bytes allowed")
-                    large = len(chunk) >= _BLOCK
-                    if not large:
-                        held += chunk
-                    if held and (large or len(held) >= _BLOCK):
-                        block, held = held, bytearray()
-                        await write(block)
-                    if large:
-                        await write(chunk)
-            if held:
-                await write(held)
-        except OSError as error:
-            raise write_error(path.parent.parent, error) from error
-        finally:
-            os.close(descriptor)
-        if not total:
-            raise ServeError(400, "the upload is empty")
-        return Upload(path, digest.hexdigest(), total)
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                total += len(chunk)
+                if total > limit:
+                    raise ServeError(413, f"the upload is larger than the {limit} bytes allowed")
+                held += chunk
+                if len(held) >= _BLOCK:
+                    block, held = held, bytearray()
+                    await write(block)
+        if held:
+            await write(held)
+        return Received(digest.hexdigest(), total)
 
 
 async def _completed(work: asyncio.Future[None]) -> None:
