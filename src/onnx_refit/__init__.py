@@ -36,14 +36,17 @@ else:
     }
 
     def __getattr__(name: str):  # noqa: ANN202 - hidden from type checkers, who would take any name for good
-        """What is public, from where it is defined."""
+        """What is public, from where it is defined; and the package's modules, as if they had been imported."""
         from importlib import import_module
+        from importlib.util import find_spec
 
         for home, public in _HOMES.items():
             if name in public:
                 found = getattr(import_module(f"onnx_refit.{home}"), name)
                 globals()[name] = found
                 return found
+        if not name.startswith("_") and find_spec(f"onnx_refit.{name}") is not None:
+            return import_module(f"onnx_refit.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

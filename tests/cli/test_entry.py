@@ -89,5 +89,7 @@ def test_public_names_are_those_that_type_checkers_see():
     for name, module in seen.items():
         assert getattr(onnx_refit, name) is getattr(sys.modules[str(module)], name)
     assert set(onnx_refit.__all__) <= set(dir(onnx_refit))
+    assert python("import onnx_refit; onnx_refit.errors.OnnxRefitError").returncode == 0
+    assert python("from onnx_refit import *; Engine, load").returncode == 0
     with pytest.raises(AttributeError, match="'onnx_refit' has no attribute 'nonsense'"):
         getattr(onnx_refit, "nonsense")  # noqa: B009 - type checkers know that it is not there
