@@ -56,6 +56,7 @@ test-ray: $(VENV)-ray/.installed  ## Run the tests of a Ray cluster of several n
 
 test-all: test-serve test-ray $(VENV)/.installed-all  ## Run every test that needs no GPU: PyTorch, slow ones too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	ONNX_REFIT_PORTABLE=1 $(BIN)/python -m pytest -n 2 tests/engine tests/refit
 
 lint: $(VENV)/.installed-lint  ## Lint, check the format, the types and the direction of imports
 	$(BIN)/ruff check .

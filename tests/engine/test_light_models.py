@@ -71,7 +71,9 @@ def check(name: str) -> None:
         for got, right in zip(backend.run(made, inputs).values(), wanted, strict=True):
             assert np.isfinite(right).all()
             assert relative_error(got, right) < 1e-5
-    rejected = [decision.subject for decision in backend.decisions if decision.verdict is Verdict.REJECTED]
+    # Whether there was a C compiler has nothing to do with the model.
+    decisions = [decision for decision in backend.decisions if decision.subject != "refits"]
+    rejected = [decision.subject for decision in decisions if decision.verdict is Verdict.REJECTED]
     assert not [subject for subject in rejected if not subject.startswith("matrix products")]
     backend.close()
 

@@ -24,7 +24,8 @@ compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(OFF, raising=False)
     load.cache_clear()
     yield
     load.cache_clear()
