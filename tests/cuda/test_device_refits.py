@@ -470,3 +470,37 @@ def test_frozen_weights_are_found_unchanged(device: str, no_host: None) -> None:
             tensors[first].view(-1)[-1] += 1  # perhaps none of its samples
             assert engine.refit(tensors).changed == (first,)
             assert engine.refit(tensors).changed == ()
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+@pytest.mark.parametrize("second", ["cpu", pytest.param("cuda:1", marks=pytest.mark.gpu)])
+def test_every_device_of_a_group_has_what_the_first_one_takes(make_model: Any, second: str, no_host: None) -> None:
+    if second != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    devices = ("cpu" if second == "cpu" else "cuda:0", second)
+    plan = planned(make_model())
+    assert plan.weights is not None
+    values = random_like(dict(plan.weights), 16)
+    name = next(iter(values))
+
+    def alike(engine: Any) -> None:
+        held = engine._versions.current.weights
+        expected = by_host(plan, devices[0], values)
+        for member in held.members:
+            found = {n: member.view(n).contiguous().view(-1).view(torch.uint8).cpu().numpy() for n in member.places}
+            assert {n: array.tobytes() for n, array in found.items()} == expected
+
+    options = EngineOptions(cuda=CudaOptions(devices=devices, measure=False))
+    with onnx_refit.load(plan, options=options) as engine:
+        tensors = there(values, devices[0])
+        for given in (tensors, engine.bind(tensors)):
+            engine.refit(given)
+            alike(engine)
+        values[name] = values[name] * 2
+        assert engine.refit(there({name: values[name]}, devices[0]), partial=True).changed == (name,)
+        alike(engine)
+        assert engine.refit(there(values, devices[0])).changed == ()
+        tensors[name].view(-1)[-1] = float("nan")
+        with pytest.raises(RefitRejectedError):
+            engine.refit(tensors)
+        alike(engine)

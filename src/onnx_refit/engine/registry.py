@@ -42,7 +42,7 @@ def _onnxruntime(
     from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 
     backend = create(compiled, weights, OnnxRuntimeOptions(threads=options.threads), artefact)
-    return backend, backend.artefact()
+    return backend, backend.artefact() if artefact is None else None
 
 
 def _cuda(
@@ -97,7 +97,7 @@ def create_backend(
         artefact: a cached host specialisation; used only if it was made for this very host and model.
 
     Returns:
-        The backend, and the host specialisation to cache (None where the engine has none).
+        The backend, and the host specialisation to cache (None where the engine has none, or one was given).
 
     Raises:
         EngineError: no such engine, or it cannot run the model.

@@ -244,9 +244,10 @@ class InPlaceRefit:
         assert self._device is not None
         kept: Mapping[str, Array] = taken.kept
         # What lies elsewhere by now (on disk) is compared here, and brought nowhere.
-        here = {name for name in alike if name in kept and type(base.retained.holder(name)) is not type(kept)}
+        holder = base.retained.holder
+        here = {name for name in alike if name in self._kept and type(holder(name)) is not type(kept)}
         there = [name for name in alike if name not in here] if here else alike
-        equal = self._device.equal(there, (taken.weights, lambda name: kept), (base.weights, base.retained.holder))
+        equal = self._device.equal(there, (taken.weights, lambda name: kept), (base.weights, holder))
         return equal | {name for name in here if same_bits(kept[name], base.retained[name])}
 
 

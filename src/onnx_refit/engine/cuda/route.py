@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -164,22 +165,22 @@ class Route:
         said = self._said
         if said[_NOT_FINITE] or said[_CHANGED] or said[_ALIKE]:
             self._found.zero_()
-        converted: Mapping[str, Tensor] = {}
-        if attached.dense and not others:
+        made = None if attached.dense else self._convert(attached, tensors)
+        if made is None and not others:
             self._addresses.note(self._pointers(attached))
         else:
-            converted = {} if attached.dense else self._convert(attached, tensors)
             known = dict(zip(attached.names, attached.pointers, strict=True))
-            moved = {name: tensor.data_ptr() for name, tensor in (*converted.items(), *others.items())}
-            self._addresses.note([moved[name] if name in moved else known[name] for name in self._sources])
+            known |= {name: tensor.data_ptr() for name, tensor in others.items()}
+            known |= {} if made is None else made.addresses
+            self._addresses.note([known[name] for name in self._sources])
         weights, kept = arena.storage.data_ptr(), aside.storage.data_ptr()
         for compute in self._compute:
             compute(stream, weights, kept)
         self._take(stream, before, after, weights, kept)
         self._casts = self._narrows or not attached.dense
         if self.rest:
-            self._fill(attached, tensors, {**others, **converted}, arena, filler)
-            self._alive = [converted]
+            dense = {**others, **({} if made is None else made.tensors())}
+            self._fill(attached, tensors, dense, arena, filler)
 
     def _pointers(self, attached: Attached) -> Sequence[int]:
         if self._known[0] is not attached:
@@ -187,7 +188,7 @@ class Route:
             self._known = attached, [known[name] for name in self._sources]
         return self._known[1]
 
-    def _convert(self, attached: Attached, tensors: Sequence[Any]) -> Mapping[str, Tensor]:
+    def _convert(self, attached: Attached, tensors: Sequence[Any]) -> Made:
         if self._conversions is None or self._conversions[0] is not attached:
             self._conversions = attached, Conversions(attached, self._specs, self._device)
         made = self._conversions[1].enqueue(tensors, self._found.data_ptr())
@@ -254,6 +255,25 @@ def _parts(index: int, nbytes: int, to: int, keep: int, cast: int) -> list[tuple
     ]
 
 
+@dataclass(frozen=True)
+class Made:
+    """Weights that were made dense, to be held until they were read.
+
+    Attributes:
+        arena: those that were converted.
+        computed: those that PyTorch's operators made.
+        addresses: of all.
+    """
+
+    arena: Arena
+    computed: Mapping[str, Tensor]
+    addresses: Mapping[str, int]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, flat or in their shapes."""
+        return {**{name: self.arena.raw(name) for name in self.arena.layout.slots}, **self.computed}
+
+
 class Conversions:
     """Makes dense weights of the declared dtypes out of tensors in other orders and dtypes, by one kernel.
 
@@ -287,25 +307,24 @@ class Conversions:
         self._pointers = [pointers[one.name] for one in self._views]
         self._kernel = kernels.kernel(_FILES, "convert", device.index)
 
-    def enqueue(self, tensors: Sequence[Any], found: int) -> dict[str, Tensor]:
-        """Enqueue it all; the weights, to be held until they were read.
+    def enqueue(self, tensors: Sequence[Any], found: int) -> Made:
+        """Enqueue it all; what is made must be held until it was read.
 
         Args:
             tensors: what the weights lie in.
             found: the address of what kernels say.
         """
-        made = {}
+        arena = Arena(self._layout, self._device)
+        begin = int(arena.storage.data_ptr())
+        addresses = {name: begin + slot.offset for name, slot in self._layout.slots.items()}
         if self._count:
-            arena = Arena(self._layout, self._device)
             self._addresses.note(self._pointers)
             tables = (self._addresses.address, self._rows.data_ptr(), self._stretches.data_ptr())
-            arguments = (*tables, arena.storage.data_ptr(), int(self._attached.rounding), found)
+            arguments = (*tables, begin, int(self._attached.rounding), found)
             kernels.launch(self._kernel, self._device, (self._count,), (_THREADS,), arguments)
-            made = {one.name: arena.raw(one.name) for one in self._views}
         with torch.no_grad():
-            for one in self._computed:
-                made[one.name] = self._attached.value(one, tensors)
-        return made
+            computed = {one.name: self._attached.value(one, tensors) for one in self._computed}
+        return Made(arena, computed, addresses | {name: value.data_ptr() for name, value in computed.items()})
 
 
 class Comparison:

@@ -118,11 +118,10 @@ class Taker:
         if not wanted.whole:
             now.there.copy_(old)
         others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
-        weights = self._made(wanted, base, arena)
         kept = PutAside(aside, self._specs)
         if not self._kernels:
             alike = self._one_by_one(attached, tensors, wanted, others, arena, aside, old, now.there, look=look)
-            return Taken(weights, kept, now, lambda: alike)
+            return Taken(self._made(wanted, base, arena), kept, now, lambda: alike)
         stream = kernels.current_stream(self._device)
         if self._unsettled:
             kernels.wait(stream)
@@ -135,7 +134,8 @@ class Taker:
         if not routes and not attached.held:
             kernels.wait(stream)
             return None
-        return Taken(weights, kept, now, partial(self._settle, stream, attached, tensors, routes, look, marks))
+        settle = partial(self._settle, stream, attached, tensors, routes, look, marks)
+        return Taken(self._made(wanted, base, arena), kept, now, settle)
 
     def _settle(
         self,
@@ -309,14 +309,14 @@ class Taker:
         self, names: Sequence[str], weights: CudaWeightSet, holder: Holder, alive: list[Tensor]
     ) -> list[int]:
         """Of source weights of a version; what had to be brought to the device is put where it stays alive."""
-        engines = self._recoverable
-        whole = weights.arena if weights.arena.layout is self._layout else None
+        engines, slots = self._recoverable, self._layout.slots
+        whole = weights.arena.layout is self._layout
         begin = int(weights.arena.storage.data_ptr())
         found = []
         for name in names:
             engine = engines.get(name)
-            if engine is not None and whole is not None:
-                found.append(begin + self._layout.slots[engine].offset)
+            if engine is not None and whole:
+                found.append(begin + slots[engine].offset)
             elif engine is not None:
                 found.append(weights.places[engine].address(engine))
             elif type(held := holder(name)) is PutAside and held.device == self._device:

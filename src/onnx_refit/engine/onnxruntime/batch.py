@@ -189,6 +189,10 @@ class Batcher:
         address: int = flat.__array_interface__["data"][0]
         return address
 
+    def rest(self) -> None:
+        """Keep no steady tensor alive."""
+        self._settle({})
+
     def _settle(self, steady: Mapping[str, Array]) -> None:
         """Make a table of addresses in which those of the steady tensors are filled in."""
         template = [0] * len(self._slots.numbers)

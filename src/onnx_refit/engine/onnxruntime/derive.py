@@ -331,7 +331,12 @@ class Deriver:
         crew.check()
 
     def rest(self) -> None:
-        """Keep no memory for the next weights."""
+        """Keep no memory for the next weights, and none alive that others keep for them."""
+        with self._lock:
+            self._steady = _UNSTEADY
+            self._program.rest()
+            if self._batcher is not None:
+                self._batcher.rest()
         if self._packer is not None:
             self._packer.rest()
 

@@ -40,7 +40,7 @@ _STATIC: Mapping[str, tuple[int, ...]] = {"LSTM": (3,), "GRU": (3,), "Gemm": (2,
 _SMALL = 1 << 16  # bytes; not worth sharing between versions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """One packed tensor of a kernel.
 

@@ -22,7 +22,8 @@ class Program:
     have the same form, or in one of their own, made when first needed; a change of all runs one session for all.
 
     Attributes:
-        lasting: the values that every computation of all writes into the same memory; known after the first.
+        lasting: the values that every computation of all writes into the same memory; known after the first, and
+            in memory of another mapping after each ``rest``.
 
     Args:
         model: the refit program's graph, or None where nothing is computed.
@@ -67,6 +68,8 @@ class Program:
                 if len(wanted) == len(self._values):
                     for batch in self._all_batches():
                         batch.compute(sources)
+                    if not self.lasting:
+                        self.lasting = {n: array for batch in self._all_batches() for n, array in batch.values.items()}
                     results.update(self.lasting)
                     groups = {frozenset(self._values.keys() - results.keys())}
                 else:
@@ -87,6 +90,13 @@ class Program:
                 raise EngineError(f"computing engine weights failed: {error}") from error
         return results
 
+    def rest(self) -> None:
+        """Keep no memory for the next computation."""
+        with self._lock:
+            for batch in self._batches or ():
+                batch.rest()
+            self.lasting = {}
+
     def _all_batches(self) -> list[VectorBatch]:
         if self._batches is None:
             assert self._model is not None
@@ -95,7 +105,6 @@ class Program:
             specs.update(self._values)
             constants = {tensor.name: tensor for tensor in graph.initializer}
             self._batches = batches(self._components, specs, constants, list(self._model.opset_import))
-            self.lasting = {name: array for batch in self._batches for name, array in batch.values.items()}
             self._members = {
                 frozenset(wanted): (batch, number) for batch in self._batches for number, wanted in batch.members
             }

@@ -55,7 +55,7 @@ class VectorBatch:
     """Components of one form, computed together. One computation at a time.
 
     Attributes:
-        values: every value it computes, in the same memory each time.
+        values: every value it computes, in the same memory each time until ``rest``; known after the first time.
     """
 
     def __init__(self, form: _Form, members: Sequence[_Member], opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
@@ -75,30 +75,42 @@ class VectorBatch:
             helper.make_model(graph, opset_imports=list(opsets), ir_version=9), session_options(1, arena=False)
         )
         self._session, self._inputs, self._wanted = session, inputs, form.wanted
-        size, dtype = int(ends[-1]), numpy_dtype(form.dtype)
-        self._joined = [np.empty(size, dtype) for _ in inputs]
-        results = [np.empty(size, dtype) for _ in form.wanted]
-        self._outlet = Outlet(session)
-        for name, array in zip(inputs, self._joined, strict=True):
-            self._outlet.give(name, array)
-        for name, array in zip(form.wanted, results, strict=True):
-            self._outlet.take(name, array)
-        self.values: Mapping[str, Array] = {
-            name: result[begin:end]
-            for member, (begin, end) in zip(members, self._ranges, strict=True)
-            for name, result in zip(member.wanted, results, strict=True)
-        }
+        self._size, self._dtype = int(ends[-1]), numpy_dtype(form.dtype)
+        self._bound: tuple[Outlet, list[Array]] | None = None
+        self.values: Mapping[str, Array] = {}
 
     def compute(self, sources: Mapping[str, Array]) -> None:
         """Bring ``values`` up to date."""
-        for k, joined in enumerate(self._joined):
+        if self._bound is None:
+            self._bound = self._bind()
+        outlet, inputs = self._bound
+        for k, joined in enumerate(inputs):
             np.concatenate([sources[member.inputs[k]] for member in self._members], out=joined)
-        self._outlet.run()
+        outlet.run()
+
+    def _bind(self) -> tuple[Outlet, list[Array]]:
+        """The session with memory for what it reads and writes, and what it reads."""
+        outlet = Outlet(self._session)
+        inputs, results = ([np.empty(self._size, self._dtype) for _ in names] for names in (self._inputs, self._wanted))
+        for name, array in zip(self._inputs, inputs, strict=True):
+            outlet.give(name, array)
+        for name, array in zip(self._wanted, results, strict=True):
+            outlet.take(name, array)
+        self.values = {
+            name: result[begin:end]
+            for member, (begin, end) in zip(self._members, self._ranges, strict=True)
+            for name, result in zip(member.wanted, results, strict=True)
+        }
+        return outlet, inputs
+
+    def rest(self) -> None:
+        """Give the memory back; those who still have ``values`` keep theirs."""
+        self._bound, self.values = None, {}
 
     @property
     def members(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         """The number of each component, and what is wanted of it; none where NumPy has no such type."""
-        if not is_extension(self._joined[0].dtype):
+        if not is_extension(self._dtype):
             yield from ((number, member.wanted) for number, member in enumerate(self._members))
 
     def compute_one(self, number: int, sources: Mapping[str, Array]) -> dict[str, Array]:
