@@ -20,7 +20,7 @@ import numpy as np
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array
 
-_SLICE = 1 << 18  # bytes written or read at once
+_SLICE = 1 << 16  # bytes written or read at once; a thread's own memory, once so large, is never given back
 _ALIGNMENT = 4096
 _MEMORY = frozenset({"tmpfs", "ramfs"})
 
@@ -29,7 +29,7 @@ class NoDiskError(OSError):
     """Nothing can be moved to disk; the message says why, a clause without a final stop."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
     """Where an array lies in the file, and the checksum of its bytes."""
 

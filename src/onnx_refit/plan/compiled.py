@@ -14,7 +14,7 @@ import onnx
 from onnx_refit.tensors import TensorSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceWeight:
     """One refittable weight, as the user's model names it.
 
@@ -37,7 +37,7 @@ class Verdict(Enum):
     REJECTED = "rejected"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decision:
     """One decision of the compiler: a fold, a hoist, an optimisation, accepted or rejected, and why.
 

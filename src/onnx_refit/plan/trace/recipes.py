@@ -16,7 +16,7 @@ Fetch = Callable[[str], Array]
 """Gives a tensor's elements, flat."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Walk:
     """Where the elements of a box lie in a flat tensor: ``offset + sum(index[k] * strides[k])``, in elements."""
 
@@ -24,7 +24,7 @@ class Walk:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Operand:
     """A tensor read along a walk."""
 
@@ -32,7 +32,7 @@ class Operand:
     walk: Walk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A box of the target filled from one operand, or from the product of two.
 
@@ -47,7 +47,7 @@ class Piece:
     operands: tuple[Operand, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Gather:
     """Single elements of the target taken from single elements of a source.
 
@@ -62,7 +62,7 @@ class Gather:
     take: Positions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A tensor as a rearrangement of others; what nothing writes is zero.
 
