@@ -22,8 +22,27 @@ _KEPT = 8  # lists of moves for partial refits
 
 
 @dataclass(frozen=True)
+class _Part:
+    """The units of one engine weight, or of one source that is only looked at, as native code reads them.
+
+    Attributes:
+        moves: theirs, one unit's after the other's.
+        counts: how many each unit has.
+        elements: how many they write or look at.
+        nbytes: the same in bytes.
+        held: arrays whose addresses are in the moves.
+    """
+
+    moves: Array
+    counts: Array
+    elements: int
+    nbytes: int
+    held: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
 class _Program:
-    """Moves in the form that native code reads; the units hold what the moves' addresses point at.
+    """Moves in the form that native code reads; the parts hold what the moves' addresses point at.
 
     Attributes:
         moves: all of them.
@@ -32,7 +51,7 @@ class _Program:
         elements: how many they write or look at.
         nbytes: the same in bytes.
         reads: name and slot of each tensor that they read.
-        units: what it was made of.
+        parts: what it was made of.
     """
 
     moves: Array
@@ -41,7 +60,7 @@ class _Program:
     elements: int
     nbytes: int
     reads: Sequence[tuple[str, int]]
-    units: Sequence[Unit]
+    parts: Sequence[_Part]
 
 
 @dataclass(frozen=True)
@@ -102,29 +121,30 @@ class Batcher:
     ) -> None:
         self.library = library
         self._slots = Slots()
-        self._units: dict[str, tuple[Unit, ...]] = {}
+        written: dict[str, tuple[Unit, ...]] = {}
         for name, recipe in recipes.items():
             made = units(recipe, dtypes, sizes, _target(name), self._slots)
             if made is not None:
-                self._units[name] = made
-        self.names = frozenset(self._units)
-        self._alone: dict[str, tuple[Unit, ...]] = {}
+                written[name] = made
+        self.names = frozenset(written)
+        self._alone: dict[str, _Part] = {}
         self._look_slots: dict[str, tuple[int, int, int, int | None]] = {}
         for source in sorted({name.removeprefix(prefix) for name in dtypes if name.startswith(prefix)}):
             carrier, tensor = carriers.get(source), prefix + source
             if not watchable(dtypes[tensor]) or (carrier is not None and carrier not in self.names):
                 continue
             if carrier is None:
-                self._alone[source] = looks(source, dtypes[tensor], sizes[tensor], self._slots)
+                self._alone[source] = _part(looks(source, dtypes[tensor], sizes[tensor], self._slots))
             else:
-                self._units[carrier] = looking(
-                    self._units[carrier], tensor, source, dtypes[tensor], sizes[tensor], self._slots
+                written[carrier] = looking(
+                    written[carrier], tensor, source, dtypes[tensor], sizes[tensor], self._slots
                 )
             a, b, c = (self._slots[slot] for slot in look_slots(source))
             self._look_slots[source] = a, b, c, None if carrier is None else self._slots[tensor]
         self.seen = frozenset(self._look_slots)
         self._prefix = prefix
-        self._targets = {name: self._slots[_target(name)] for name in self._units}
+        self._parts = {name: _part(parts) for name, parts in written.items()}
+        self._targets = {name: self._slots[_target(name)] for name in written}
         self._reads = {name: self._slots.numbers[name] for name in dtypes if name in self._slots.numbers}
         self._programs: dict[frozenset[str], _Program] = {}
         self._forms = {name: (dtype, sizes[name] * dtype.itemsize) for name, dtype in dtypes.items()}
@@ -207,23 +227,35 @@ class Batcher:
         key = names | {f"look {name}" for name in alone} if alone else names
         found = self._programs.get(key)
         if found is None:
-            chosen = [unit for name in sorted(names) for unit in self._units[name]]
-            chosen += [unit for name in sorted(alone) for unit in self._alone[name]]
+            chosen = [self._parts[name] for name in sorted(names)]
+            chosen += [self._alone[name] for name in sorted(alone)]
             if len(self._programs) > _KEPT:
                 self._programs.clear()
             found = self._programs[key] = self._compiled(chosen)
         return found
 
-    def _compiled(self, chosen: Sequence[Unit]) -> _Program:
-        moves = np.array([row for unit in chosen for row in unit.rows], MOVE)
-        bounds = np.zeros(len(chosen) + 1, np.int64)
-        np.cumsum([len(unit.rows) for unit in chosen], out=bounds[1:])
+    def _compiled(self, chosen: Sequence[_Part]) -> _Program:
+        moves = np.concatenate([part.moves for part in chosen])
+        counts = np.concatenate([part.counts for part in chosen])
+        bounds = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=bounds[1:])
         written = moves[moves["kind"] != LOOK]
         slots = {*written["source"].tolist(), *written["factor"].tolist()}
         reads = [(name, slot) for name, slot in self._reads.items() if slot in slots]
-        nbytes = sum(unit.elements * unit.rows[-1][1] for unit in chosen)
+        nbytes = sum(part.nbytes for part in chosen)
         places = moves.ctypes.data, bounds.ctypes.data
-        return _Program(moves, bounds, places, sum(unit.elements for unit in chosen), nbytes, reads, chosen)
+        return _Program(moves, bounds, places, sum(part.elements for part in chosen), nbytes, reads, chosen)
+
+
+def _part(parts: Sequence[Unit]) -> _Part:
+    rows = [row for unit in parts for row in unit.rows]
+    return _Part(
+        np.array(rows, MOVE),
+        np.array([len(unit.rows) for unit in parts], np.int64),
+        sum(unit.elements for unit in parts),
+        sum(unit.elements * unit.rows[-1][1] for unit in parts),
+        tuple(array for unit in parts for array in unit.held),
+    )
 
 
 def _buffer(memory: bytearray) -> int:
