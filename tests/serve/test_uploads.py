@@ -179,7 +179,7 @@ def receiver():
 def collect(receiver, tmp_path, first, remaining, seconds, feed):
     """Have a body received from a real socket pair while ``feed`` writes to the other end; what its file holds."""
     path = tmp_path / "body"
-    told = []
+    told: list[int] = []
 
     async def run():
         ours, theirs = socket.socketpair()
