@@ -1,9 +1,16 @@
-"""How the cost of a refit grows with bytes and with the number of tensors."""
+"""How the cost of a refit grows with bytes and with the number of tensors.
+
+Each size in a process of its own: ``python -m benchmarks.growth COUNT ROWS COLUMNS`` prints JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +20,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnx_refit
 from benchmarks.measure import copy_seconds, once
-from onnx_refit.tensors import Array
 
 
 def chain(count: int, rows: int, columns: int) -> onnx.ModelProto:
     """``count`` layers x @ W + b with W [rows, columns] (square where count > 1)."""
     rng = np.random.default_rng(0)
     nodes, tensors, value = [], [], "x"
+    one = rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(rows))
     for index in range(count):
-        weight = (rng.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(rows))).astype(np.float32)
+        weight = one * np.float32(1 + index / 1024)
         bias = rng.standard_normal(columns, dtype=np.float32)
         tensors += [numpy_helper.from_array(weight, f"w{index}"), numpy_helper.from_array(bias, f"b{index}")]
         nodes.append(helper.make_node("Gemm", [value, f"w{index}", f"b{index}"], [f"v{index}"], name=f"layer{index}"))
@@ -36,23 +43,30 @@ def chain(count: int, rows: int, columns: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
-def measure(model: onnx.ModelProto) -> dict[str, Any]:
-    """Refit and copy seconds of one model."""
-    plan = onnx_refit.build(model)
-    with onnx_refit.load(plan) as engine:
-        rng = np.random.default_rng(1)
-        specs = engine.refittable
-        sets: list[dict[str, Array]] = [
-            {name: rng.standard_normal(spec.static_shape, dtype=np.float32) for name, spec in specs.items()}
-            for _ in range(2)
-        ]
-        figures = [once(partial(engine.refit, sets[turn % 2])) for turn in range(9)]
+def measure(count: int, rows: int, columns: int) -> dict[str, Any]:
+    """Refit and copy seconds of one chain.
+
+    A model of 2 GB takes about four times that: its weights twice on the caller's side, and twice in the engine.
+    """
+    plan = onnx_refit.build(chain(count, rows, columns))
+    one = plan.require_weights()
+    other = {name: array * np.float32(0.9) for name, array in one.items()}
+    with onnx_refit.load(plan, keep=1) as engine:
+        figures = [once(partial(engine.refit, one if turn % 2 else other)) for turn in range(11)]
     return {
         "bytes": plan.weight_bytes,
         "tensors": len(plan.refittable),
         "refit_seconds": statistics.median(figures[3:]),
-        "copy_seconds": copy_seconds(sets[0], 5),
+        "copy_seconds": copy_seconds(other, 5),
     }
+
+
+def _apart(count: int, rows: int, columns: int) -> dict[str, Any]:
+    """``measure`` in a process of its own, whose memory is the system's again afterwards."""
+    run = [sys.executable, "-m", "benchmarks.growth", str(count), str(rows), str(columns)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
 
 
 def by_bytes(sizes: Sequence[int] = (10, 30, 100, 300, 1000, 2000)) -> list[dict[str, Any]]:
@@ -60,10 +74,44 @@ def by_bytes(sizes: Sequence[int] = (10, 30, 100, 300, 1000, 2000)) -> list[dict
     rows = []
     for megabytes in sizes:
         width = min(4096, int((megabytes * 1e6 / 4 / 4) ** 0.5) // 16 * 16)
-        rows.append(measure(chain(max(1, round(megabytes * 1e6 / 4 / width**2)), width, width)))
+        rows.append(_apart(max(1, round(megabytes * 1e6 / 4 / width**2)), width, width))
     return rows
 
 
 def by_tensors(counts: Sequence[int] = (1, 10, 100, 1000, 2500)) -> list[dict[str, Any]]:
     """Many small tensors: ``counts`` layers of 32 x 32, two tensors each."""
-    return [measure(chain(count, 32, 32)) for count in counts]
+    return [_apart(count, 32, 32) for count in counts]
+
+
+def line(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float]:
+    """The straight line of refit seconds over ``key`` that is nearest to all rows, each counted by its ratio to it.
+
+    Returns:
+        ``"seconds"`` at zero, ``"seconds_each"`` of a unit more, and ``"largest_deviation"`` of a row from the line,
+        as a share of the row.
+    """
+    x = np.array([row[key] for row in rows], np.float64)
+    y = np.array([row["refit_seconds"] for row in rows], np.float64)
+    each, start = np.polyfit(x, y, 1, w=1 / y)
+    return {
+        "seconds": float(start),
+        "seconds_each": float(each),
+        "largest_deviation": float(np.abs((start + each * x) / y - 1).max()),
+    }
+
+
+def growth() -> dict[str, Any]:
+    """All of it."""
+    bytes_rows, tensor_rows = by_bytes(), by_tensors()
+    return {
+        "by_bytes": bytes_rows,
+        "by_tensors": tensor_rows,
+        "lines": {"by_bytes": line(bytes_rows, "bytes"), "by_tensors": line(tensor_rows, "tensors")},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    for argument in ("count", "rows", "columns"):
+        parser.add_argument(argument, type=int)
+    sys.stdout.write(json.dumps(measure(**vars(parser.parse_args()))) + "\n")

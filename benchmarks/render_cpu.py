@@ -103,4 +103,13 @@ def growth_table(data: dict[str, Any]) -> str:
         ]
         for row in (*data["by_bytes"], *data["by_tensors"])
     ]
-    return table(["weights", "tensors", "refit", "copy", "refit / copy", "a tensor"], rows)
+    text = table(["weights", "tensors", "refit", "copy", "refit / copy", "a tensor"], rows)
+    if "lines" not in data:  # figures taken before there were any
+        return text
+    large, many = data["lines"]["by_bytes"], data["lines"]["by_tensors"]
+    return (
+        f"{text}\n\nThe nearest straight lines: {large['seconds'] * 1e3:.2f} ms and "
+        f"{large['seconds_each'] * 1e12:.0f} ms a GB of few large tensors (no row is further than "
+        f"{large['largest_deviation'] * 100:.0f} % from it), {many['seconds'] * 1e3:.2f} ms and "
+        f"{many['seconds_each'] * 1e6:.1f} us a tensor of many small ones ({many['largest_deviation'] * 100:.0f} %)."
+    )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnx
 
-from benchmarks import growth
 from benchmarks.cases import CASES
 from benchmarks.cpu import measure_case
+from benchmarks.growth import growth
 from benchmarks.measure import machine
 from benchmarks.render import render
 from onnx_refit.files import write_text
@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-growth", action="store_true")
+    parser.add_argument("--only-growth", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / "cpu.json"
     results = json.loads(path.read_text()) if path.exists() and arguments.cases else {"cases": {}}
     results["machine"] = machine()
-    for name in arguments.cases or CASES:
+    for name in () if arguments.only_growth else arguments.cases or CASES:
         case = CASES[name]()
         rows = []
         for threads in arguments.threads:
@@ -60,8 +61,8 @@ def main() -> None:
         results["cases"][name] = {"rows": rows, "memory": memory_of(case.model)}
         print(name, results["cases"][name]["memory"], flush=True)
         write_text(path, json.dumps(results, indent=1) + "\n")
-    if not arguments.no_growth and not arguments.cases:
-        figures = {"machine": machine(), "by_bytes": growth.by_bytes(), "by_tensors": growth.by_tensors()}
+    if arguments.only_growth or not (arguments.no_growth or arguments.cases):
+        figures = {"machine": machine(), **growth()}
         write_text(RESULTS / "growth.json", json.dumps(figures, indent=1) + "\n")
     render()
 
