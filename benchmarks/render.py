@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.pages import filled
 from benchmarks.plots import digest, plots
 from benchmarks.render_cpu import cpu_tables, growth_table
-from benchmarks.render_gpu import gpu_tables, summary
+from benchmarks.render_gpu import gpu_tables, refit_summary, refit_tables, summary
 from benchmarks.render_serving import cluster_table, serving_tables
 from onnx_refit.files import write_text
 
@@ -50,6 +50,9 @@ def blocks(results: Path) -> list[Block]:
         groups = [json.loads(found.read_text()) for found in sorted(results.glob("gpu-*-group.json"))]
         made.append(Block("docs/gpu.md", "gpu", gpu_tables(data, groups)))
         made.append(Block("README.md", "gpu", summary(data)))
+    if (data := _read(results, "gpu-h200-refit")) is not None:
+        made.append(Block("docs/gpu.md", "gpu-refit", refit_tables(data)))
+        made.append(Block("README.md", "gpu-refit", refit_summary(data)))
     return made
 
 
