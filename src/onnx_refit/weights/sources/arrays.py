@@ -32,6 +32,9 @@ _NATIVE: dict[np.dtype[Any], str] = {
 }
 
 
+_SINGLE = np.dtype(np.float32)  # asked after by identity: looking a dtype up takes as long as all other questions
+
+
 def is_torch_tensor(value: object) -> bool:
     """Whether a value is a PyTorch tensor, without importing PyTorch."""
     kind = type(value)
@@ -147,7 +150,7 @@ class ArraysSource:
         for name, value in self._values.items():
             if not isinstance(name, str):
                 raise WeightsError(f"the name {name!r} is no text", where=description)
-            if type(value) is np.ndarray and value.dtype in _NATIVE:
+            if type(value) is np.ndarray and (value.dtype is _SINGLE or value.dtype in _NATIVE):
                 continue
             where = f"{description}[{name!r}]"
             if not is_torch_tensor(value) and _on_gpu(value):
@@ -185,7 +188,7 @@ class ArraysSource:
             if (
                 type(array) is not np.ndarray
                 or array.shape != spec.shape
-                or _NATIVE.get(array.dtype) != spec.dtype
+                or not ((array.dtype is _SINGLE and spec.dtype == "float32") or _NATIVE.get(array.dtype) == spec.dtype)
                 or not array.flags.c_contiguous
             ):
                 return None
