@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"which to take, the file keeps the others: {', '.join(parts)} (all)")
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commit-rounds", type=int, default=3, help="rounds of the part commits")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     unknown = sorted(set(options.parts) - set(parts))
@@ -140,7 +141,7 @@ def main() -> None:
     for name in options.parts or parts:
         about = {"rounds": options.rounds, "load_before": os.getloadavg()[0]}
         if name == "commits":
-            result["commits"] = {**about, **under_commits(options.rounds)}
+            result["commits"] = {**about, **under_commits(options.commit_rounds)}
         else:
             case = CASES[name]()
             result["cases"][name] = {

@@ -186,7 +186,9 @@ def running(server: Server, python: Path, folder: Path, body: bytes) -> Iterator
     }
     command = [str(part) for part in server.command(python, folder, http, grpc)]
     with log_path.open("ab") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        # A group that can be ended as a whole, but no session: Linux may share the cores out among sessions first, and
+        # then no thread's priority would mean anything beside the load generator's.
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, process_group=0)
     try:
         url = f"http://127.0.0.1:{http}{server.path}"
         for _ in range(600):

@@ -35,16 +35,15 @@ def test_the_tables_name_the_best_peer_and_failures():
         "1": {"onnx-refit": row(300), "onnx-refit, batches": row(200), "A": row(100), "B": row(200)},
         "8": {"onnx-refit": row(300), "onnx-refit, batches": row(600, 2.0), "A": row(400), "B": row(200)},
     }
-    commits = {
-        "clients": {
-            "1": {
-                "idle_p50": 0.001, "idle_p99": 0.002, "p50": 0.001, "p99": 0.0024, "near_p99": 0.005,
-                "near_share": 0.1, "rps": 10.0, "failed": 0.0, "p99_over_idle": 1.2,
-                "p99_over_idle_rounds": [1.1, 1.2, 1.3],
-            }
-        },
-        "pushes": 3, "push_seconds": 0.05, "rounds": 3, "load_before": 0.5,
+    clients = {
+        "1": {
+            "idle_p50": 0.001, "idle_p99": 0.002, "p50": 0.001, "p99": 0.0024, "near_p99": 0.005,
+            "near_share": 0.1, "rps": 10.0, "failed": 0.0, "p99_over_idle": 1.2,
+            "p99_over_idle_rounds": [1.1, 1.2, 1.3],
+        }
     }  # fmt: skip
+    ways = {"w": {"title": "this way", "times": 7, "seconds": 0.05, "clients": clients}}
+    commits = {"ways": ways, "seconds_a_round": 9, "rounds": 3, "load_before": 0.5}
     text = serving_tables(
         {
             "machine": {"cores": 2, "processor": "P", "python": "3"}, "peers": {"a": "1"},
@@ -56,4 +55,5 @@ def test_the_tables_name_the_best_peer_and_failures():
     assert "| A | 100, 1 / 2.5 | **400**, 1 / 2.5 |" in text
     assert "600, 1 / 2.5 (2 failed)" in text
     assert "| our better one / best peer | 1.50 | 1.50 |" in text
-    assert "**1.20** (1.10 to 1.30)" in text
+    assert "| this way | 1 | 1 / 2 | 1 / 2.4 | **1.20** (1.10 to 1.30) |" in text
+    assert "7 times 50 ms" in text
