@@ -141,6 +141,34 @@ def test_blocked_matrices(
 FLOATS = ["float32", "float64", "float16", "bfloat16", "float8e4m3fn", "float8e5m2"]
 
 
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(k=st.integers(1, 70), n=st.integers(1, 70), data=st.data())
+def test_what_is_not_finite_is_seen_while_it_is_moved(
+    block: int, turned: bool, kept: bool, k: int, n: int, data: st.DataObject
+) -> None:
+    w = np.ones(k * n, np.float32)
+    matrix = blocked_matrix("t", Matrix(PREFIX + "w", k, n, turned), block)
+    factor = Operand("computed:f", Walk(0, (0,)))
+    scaled = tuple(
+        Piece(p.dims, p.target, (*p.operands, Operand(factor.name, Walk(0, (0,) * len(p.dims))))) for p in matrix.pieces
+    )
+    recipe = data.draw(st.sampled_from([matrix, Recipe(matrix.spec, scaled)]))
+    tensors: dict[str, Array] = {PREFIX + "w": w, "computed:f": np.full(1, 3, np.float32)}
+
+    def suspected() -> bool:
+        eye = Eye(np.zeros_like(w) if kept else None)
+        got = moved(recipe, tensors, {"w": eye})
+        np.testing.assert_array_equal(got, evaluate(recipe, tensors.__getitem__).ravel())
+        return eye.suspected
+
+    assert not suspected()
+    w[data.draw(st.integers(0, k * n - 1))] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    assert suspected()
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(FLOATS), st.integers(1, 3 * SPLIT), st.data(), st.booleans())
 @example("float32", SPLIT, None, True)

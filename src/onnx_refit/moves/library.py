@@ -13,11 +13,14 @@ import numpy as np
 
 RANK = 6
 LOOK, ROWS, TILES, WALK, GATHER = range(5)
+WIDE = 1024
+"""Elements in a row that native code looks at while it copies it, at least."""
+
 NOWHERE = 0
 """The slot whose address is always 0."""
 
 MOVE = np.dtype(
-    [(name, np.int64) for name in ("kind", "itemsize", "target", "source", "factor")]
+    [(name, np.int64) for name in ("kind", "itemsize", "target", "source", "factor", "flag")]
     + [(name, np.int64) for name in ("target_offset", "source_offset", "factor_offset", "to", "take", "lines")]
     + [(name, np.int64, (RANK,)) for name in ("dims", "target_strides", "source_strides", "factor_strides")]
 )
@@ -30,7 +33,7 @@ FILE = "_moves.so"
 OFF = "ONNX_REFIT_PORTABLE"
 """Environment variable: anything but nothing or 0 means to do without the native code."""
 
-_VERSION = 1
+_VERSION = 2
 _EXPECTED = _VERSION * 1_000_000 + MOVE.itemsize * 1000 + 8 * len(BATCH)
 
 

@@ -29,9 +29,10 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
 
-#define VERSION 1
+#define VERSION 2
 #define RANK 6
 #define LANES 16
+#define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */
 
 /* The same numbers and fields as in library.py. */
 enum { LOOK = 0, ROWS = 1, TILES = 2, WALK = 3, GATHER = 4 };
@@ -42,12 +43,13 @@ typedef struct {
     int64_t itemsize;
     int64_t target;  /* slot; of a LOOK: where to keep a copy, perhaps nowhere */
     int64_t source;  /* slot; of a LOOK: what to look at, perhaps nothing */
-    int64_t factor;  /* slot, or -1; of a LOOK: a byte to set where something is not finite, perhaps none */
+    int64_t factor;  /* slot, or -1 */
+    int64_t flag;    /* slot: a byte to set where something is not finite, perhaps none; of LOOKs and wide ROWS */
     int64_t target_offset;
     int64_t source_offset;
     int64_t factor_offset;
     int64_t to;      /* GATHER: address of positions in the target; TILES: of the rows' offsets in it, or 0 */
-    int64_t take;    /* GATHER: address of positions in the source; LOOK: a float's exponent bits */
+    int64_t take;    /* GATHER: address of positions in the source; else the exponent bits of its floats, or 0 */
     int64_t lines;   /* whether only whole lines of the cache are written, one after the other: 64 bytes, or halves */
     int64_t dims[RANK];
     int64_t target_strides[RANK];
@@ -90,6 +92,11 @@ static inline void store(float *to, floats value, int past) {
     memcpy(to, &value, sizeof value);
 }
 
+/* Lanes, all bits set, that are not finite: all of their exponent's bits are set. */
+static inline integers wrong(floats value, integers exponent) { return ((integers)value & exponent) == exponent; }
+
+static inline int any(integers lanes) { return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0; }
+
 static inline int aligned(const void *address, uintptr_t bytes) { return ((uintptr_t)address & (bytes - 1)) == 0; }
 
 /* ---- looking ------------------------------------------------------------------------------------------------- */
@@ -120,9 +127,44 @@ static void copy(uint8_t *to, const uint8_t *from, size_t bytes, int stream) {
     memcpy(to, from, bytes);
 }
 
+typedef int16_t shorts __attribute__((vector_size(16)));
+
+/* The same, and whether all bits of `exponent` are set in any of these elements of 2 or 4 bytes. */
+static int copy_looking(uint8_t *to, const uint8_t *from, size_t bytes, int64_t size, int64_t exponent, int stream) {
+    size_t head = stream ? (size_t)(-(uintptr_t)to & 63) : 0, i;
+    if (head > bytes) head = bytes;
+    size_t body = (bytes - head) & ~(size_t)63;
+    integers found = {0}, single = {(int32_t)exponent, (int32_t)exponent, (int32_t)exponent, (int32_t)exponent};
+    int16_t low = (int16_t)exponent;
+    shorts half_found = {0}, halves = {low, low, low, low, low, low, low, low};
+    memcpy(to, from, head);
+    if (size == 4)
+        for (i = head; i < head + body; i += 16) {
+            floats value = load((const float *)(const void *)(from + i));
+            found |= wrong(value, single);
+            store((float *)(void *)(to + i), value, stream);
+        }
+    else
+        for (i = head; i < head + body; i += 16) {
+            floats value = load((const float *)(const void *)(from + i));
+            half_found |= ((shorts)value & halves) == halves;
+            store((float *)(void *)(to + i), value, stream);
+        }
+    memcpy(to + head + body, from + head + body, bytes - head - body);
+    found |= (integers)half_found;
+    if (any(found)) return 1;
+    for (size_t part = 0; part < 2; part++) {
+        const uint8_t *at = part ? from + head + body : from;
+        int64_t count = (int64_t)(part ? bytes - head - body : head) / size;
+        if (size == 4 ? any_set_4((const word *)at, count, (word)exponent) : any_set_2((const half *)at, count, (half)exponent))
+            return 1;
+    }
+    return 0;
+}
+
 static void look(const move *m, const uint64_t *addresses, int stream) {
     const uint8_t *from = (const uint8_t *)(uintptr_t)addresses[m->source];
-    uint8_t *flag = (uint8_t *)(uintptr_t)addresses[m->factor];
+    uint8_t *flag = (uint8_t *)(uintptr_t)addresses[m->flag];
     uint8_t *keep = (uint8_t *)(uintptr_t)addresses[m->target];
     int64_t count = m->dims[0], begin = m->source_offset * m->itemsize;
     if (!from) return;
@@ -140,7 +182,8 @@ static void look(const move *m, const uint64_t *addresses, int stream) {
 /* ---- writing: one box of at most two dimensions, the others are walked by `box` ------------------------------ */
 
 /* target[i] = source[i] (* factor[i]), side by side in both. */
-static void row(float *t, const float *s, const float *f, int64_t f_step, int64_t count, int past) {
+static inline __attribute__((always_inline)) void row(
+    float *t, const float *s, const float *f, int64_t f_step, int64_t count, int past) {
     int64_t i = 0;
     if (!f) {
         for (; i + 4 <= count; i += 4) store(t + i, load(s + i), past);
@@ -153,6 +196,17 @@ static void row(float *t, const float *s, const float *f, int64_t f_step, int64_
         if (f_step == 1)
             for (; i + 4 <= count; i += 4) store(t + i, load(s + i) * load(f + i), past);
         for (; i < count; i++) t[i] = s[i] * f[i * f_step];
+    }
+}
+
+/* Some rows of a move, one after the other: a call for each would cost more than a short one does. */
+static inline __attribute__((always_inline)) void rows(
+    const move *m, float *t, const float *s, const float *f, int64_t count, int past) {
+    for (int64_t r = 0; r < m->dims[RANK - 2]; r++) {
+        row(t, s, f, m->factor_strides[RANK - 1], count, past);
+        t += m->target_strides[RANK - 2];
+        s += m->source_strides[RANK - 2];
+        if (f) f += m->factor_strides[RANK - 2];
     }
 }
 
@@ -238,38 +292,48 @@ STRIDED(strided_2, half)
 STRIDED(strided_4, word)
 STRIDED(strided_8, twice)
 
-static void innermost(const move *m, uint8_t *t, const uint8_t *s, const float *f, int stream) {
+static int innermost(const move *m, uint8_t *t, const uint8_t *s, const float *f, int looking, int stream) {
     const int64_t *dims = m->dims, *ts = m->target_strides, *ss = m->source_strides, *fs = m->factor_strides;
-    int64_t count = dims[RANK - 1];
+    int64_t count = dims[RANK - 1], size = m->itemsize;
     int past = stream && m->lines && aligned(t, 32); /* part of a line would have to be read first */
+    float *to = (float *)(void *)t;
+    const float *from = (const float *)(const void *)s;
+    int found = 0;
     if (m->kind == TILES) {
         tile k = {dims[RANK - 2], ts[RANK - 2], (const int64_t *)(uintptr_t)m->to, ss[RANK - 1]};
-        tiles((float *)t, (const float *)s, f, fs[RANK - 1], &k, count, past);
-    } else if (m->kind == ROWS && m->itemsize == 4 && (f || count < 1024)) {
-        row((float *)t, (const float *)s, f, fs[RANK - 1], count, past);
+        tiles(to, from, f, fs[RANK - 1], &k, count, past);
+    } else if (m->kind == ROWS && size == 4 && (f || count < WIDE)) {
+        if (count == LANES && !f)
+            rows(m, to, from, NULL, LANES, past);
+        else
+            rows(m, to, from, f, count, past);
     } else if (m->kind == ROWS) {
-        copy(t, s, (size_t)(count * m->itemsize), stream);
+        for (int64_t r = 0; r < dims[RANK - 2]; r++, t += ts[RANK - 2] * size, s += ss[RANK - 2] * size)
+            if (looking)
+                found |= copy_looking(t, s, (size_t)(count * size), size, m->take, stream);
+            else
+                copy(t, s, (size_t)(count * size), stream);
     } else if (f) {
-        float *to = (float *)t;
-        const float *from = (const float *)s;
         for (int64_t i = 0; i < count; i++) to[i * ts[RANK - 1]] = from[i * ss[RANK - 1]] * f[i * fs[RANK - 1]];
     } else {
-        int64_t to = ts[RANK - 1], from = ss[RANK - 1];
-        if (m->itemsize == 1) strided_1(t, s, to, from, count);
-        if (m->itemsize == 2) strided_2((half *)t, (const half *)s, to, from, count);
-        if (m->itemsize == 4) strided_4((word *)t, (const word *)s, to, from, count);
-        if (m->itemsize == 8) strided_8((twice *)t, (const twice *)s, to, from, count);
+        int64_t by = ts[RANK - 1], step = ss[RANK - 1];
+        if (size == 1) strided_1(t, s, by, step, count);
+        if (size == 2) strided_2((half *)t, (const half *)s, by, step, count);
+        if (size == 4) strided_4((word *)t, (const word *)s, by, step, count);
+        if (size == 8) strided_8((twice *)t, (const twice *)s, by, step, count);
     }
+    return found;
 }
 
 static void box(const move *m, const uint64_t *addresses, int stream) {
     uint8_t *t = (uint8_t *)(uintptr_t)addresses[m->target] + m->target_offset * m->itemsize;
     const uint8_t *s = (const uint8_t *)(uintptr_t)addresses[m->source] + m->source_offset * m->itemsize;
     const float *f = m->factor < 0 ? NULL : (const float *)(uintptr_t)addresses[m->factor] + m->factor_offset;
-    int outer = m->kind == TILES ? RANK - 2 : RANK - 1;
+    uint8_t *flag = (uint8_t *)(uintptr_t)addresses[m->flag];
+    int outer = m->kind == WALK ? RANK - 1 : RANK - 2, found = 0;
     int64_t index[RANK] = {0};
     for (;;) {
-        innermost(m, t, s, f, stream);
+        found |= innermost(m, t, s, f, flag != NULL, stream);
         int d = outer - 1;
         for (; d >= 0; d--) {
             t += m->target_strides[d] * m->itemsize;
@@ -281,8 +345,9 @@ static void box(const move *m, const uint64_t *addresses, int stream) {
             if (f) f -= m->dims[d] * m->factor_strides[d];
             index[d] = 0;
         }
-        if (d < 0) return;
+        if (d < 0) break;
     }
+    if (found) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
 }
 
 static void gather(const move *m, const uint64_t *addresses) {

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.covering import covered
 from onnx_refit.engine.onnxruntime.moving import Slots, Unit, look_slots, looking, looks, units, watchable
 from onnx_refit.engine.protocol import Look
 from onnx_refit.errors import EngineError
-from onnx_refit.moves.library import LOOK, MOVE, Library
+from onnx_refit.moves.library import LOOK, MOVE, NOWHERE, Library
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import Array
 
@@ -122,13 +123,20 @@ class Batcher:
         self.library = library
         self._slots = Slots()
         written: dict[str, tuple[Unit, ...]] = {}
+        carried: dict[str, dict[str, str]] = {}
+        for source, carrier in carriers.items():
+            carried.setdefault(carrier, {})[prefix + source] = f"moved:{source}"
+        moved: dict[str, str] = {}  # tensor -> slot
         for name, recipe in recipes.items():
-            made = units(recipe, dtypes, sizes, _target(name), self._slots)
+            flags = covered(recipe, dtypes, sizes, carried.get(name, {}))
+            moved.update(flags)
+            made = units(recipe, dtypes, sizes, _target(name), self._slots, flags)
             if made is not None:
                 written[name] = made
         self.names = frozenset(written)
         self._alone: dict[str, _Part] = {}
-        self._look_slots: dict[str, tuple[int, int, int, int | None]] = {}
+        self._look_slots: dict[str, tuple[int, int, int]] = {}
+        self._moved_slots: dict[str, int] = {}
         for source in sorted({name.removeprefix(prefix) for name in dtypes if name.startswith(prefix)}):
             carrier, tensor = carriers.get(source), prefix + source
             if not watchable(dtypes[tensor]) or (carrier is not None and carrier not in self.names):
@@ -136,11 +144,11 @@ class Batcher:
             if carrier is None:
                 self._alone[source] = _part(looks(source, dtypes[tensor], sizes[tensor], self._slots))
             else:
-                written[carrier] = looking(
-                    written[carrier], tensor, source, dtypes[tensor], sizes[tensor], self._slots
-                )
+                written[carrier] = looking(written[carrier], tensor, source, dtypes[tensor], sizes[tensor], self._slots)
             a, b, c = (self._slots[slot] for slot in look_slots(source))
-            self._look_slots[source] = a, b, c, None if carrier is None else self._slots[tensor]
+            self._look_slots[source] = a, b, c
+            if tensor in moved:
+                self._moved_slots[source] = self._slots[moved[tensor]]
         self.seen = frozenset(self._look_slots)
         self._prefix = prefix
         self._parts = {name: _part(parts) for name, parts in written.items()}
@@ -188,10 +196,14 @@ class Batcher:
         first = _buffer(flags)
         kept = 0
         for number, (name, look) in enumerate(claims.items()):
-            where, keep, flag, read = self._look_slots[name]
-            tensor = self._prefix + name
-            addresses[where] = (0 if read is None else addresses[read]) or self._address(tensor, tensors[tensor])
             target = look.keep
+            if target is None and name in self._moved_slots:
+                if look.watched:
+                    addresses[self._moved_slots[name]] = first + number
+                continue
+            where, keep, flag = self._look_slots[name]
+            tensor = self._prefix + name
+            addresses[where] = addresses[self._reads.get(tensor, NOWHERE)] or self._address(tensor, tensors[tensor])
             if target is not None:
                 addresses[keep] = self._address(tensor, target)
                 kept += target.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,12 @@ class _Box:
 
 
 def units(
-    recipe: Recipe, dtypes: Mapping[str, np.dtype[np.generic]], sizes: Mapping[str, int], target: str, slots: Slots
+    recipe: Recipe,
+    dtypes: Mapping[str, np.dtype[np.generic]],
+    sizes: Mapping[str, int],
+    target: str,
+    slots: Slots,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Unit, ...] | None:
     """What writes a tensor; None where that takes more than moving elements of its own dtype, and float32 products.
 
@@ -109,6 +115,7 @@ def units(
         sizes: elements of these.
         target: the tensor's slot.
         slots: numbers the slots; every tensor that is read has one of its own name.
+        flags: tensor -> the slot of its flag: it is looked at while it is moved (see ``covers``).
     """
     kinds = {dtypes[name] for name in recipe.sources}
     if len(kinds) > 1:
@@ -128,7 +135,7 @@ def units(
         if made is None:
             return None
         for box in _split(made):
-            written = _written(box, dtype.itemsize, slots[target], slots)
+            written = _written(box, dtype, slots[target], slots[flags.get(box.source_name, "")], slots)
             if written is None:
                 return None
             found.append(written)
@@ -158,7 +165,7 @@ def look(name: str, dtype: np.dtype[np.generic], begin: int, end: int, slots: Sl
         dtype.itemsize,
         (slots[keep], 0),
         (slots[source], begin),
-        (slots[flag], 0),
+        flag=slots[flag],
         take=exponent,
         first=end - begin,
     )
@@ -290,14 +297,14 @@ def _banded(box: _Box) -> Iterator[_Box]:
     yield box
 
 
-def _written(box: _Box, itemsize: int, target: int, slots: Slots) -> Unit | None:
+def _written(box: _Box, dtype: np.dtype[np.generic], target: int, flag: int, slots: Slots) -> Unit | None:
     """The move of a box; None where it has more axes than a move has."""
     axes = list(box.axes) or [_Axis(1, 1, 1, 0)]
     inner = axes.pop()
     kind, inners, table = WALK, [inner], None
     if inner.target == inner.source == 1:
         kind = ROWS
-    elif inner.target == 1 and itemsize == _WORD:
+    elif inner.target == 1 and dtype.itemsize == _WORD:
         run = next((axis for axis in axes if axis.source == 1 and not axis.factor), None)
         if run is not None:
             kind = TILES
@@ -317,11 +324,13 @@ def _written(box: _Box, itemsize: int, target: int, slots: Slots) -> Unit | None
     begins = {box.source_name: low}
     row = _row(
         kind,
-        itemsize,
+        dtype.itemsize,
         (target, box.target),
         (slots[box.source_name], box.source),
         (-1, 0) if box.factor_name is None else (slots[box.factor_name], box.factor),
         to=0 if table is None else table.ctypes.data,
+        take=_EXPONENTS.get(dtype.name, 0),
+        flag=flag,
         lines=int(_lines(box, axes, inners, table)),
         axes=every,
     )
@@ -346,7 +355,6 @@ def _gathered(gather: Gather, itemsize: int, target: int, slots: Slots) -> Unit:
         itemsize,
         (target, 0),
         (slots[gather.source], 0),
-        (-1, 0),
         to=to.ctypes.data,
         take=take.ctypes.data,
         first=to.size,
@@ -360,8 +368,9 @@ def _row(
     itemsize: int,
     target: tuple[int, int],
     source: tuple[int, int],
-    factor: tuple[int, int],
+    factor: tuple[int, int] = (-1, 0),
     *,
+    flag: int = NOWHERE,
     to: int = 0,
     take: int = 0,
     lines: int = 0,
@@ -376,6 +385,7 @@ def _row(
         target[0],
         source[0],
         factor[0],
+        flag,
         target[1],
         source[1],
         factor[1],
