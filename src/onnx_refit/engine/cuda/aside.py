@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onnx_refit.engine.cuda.arena import Arena
+from onnx_refit.engine.cuda.arena import Arena, Slot
 from onnx_refit.engine.cuda.lowering.operators import Tensor
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
@@ -36,9 +36,15 @@ class PutAside(Mapping[str, Array]):
         """A copy where it is, [elements]."""
         return self._arena.raw(name)
 
-    def address(self, name: str) -> int:
-        """Of a copy, on the device."""
-        return self._arena.address(name)
+    @property
+    def begin(self) -> int:
+        """The address of the first one, on the device."""
+        return int(self._arena.storage.data_ptr())
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """Where each lies from there."""
+        return self._arena.layout.slots
 
     @property
     def device(self) -> Any:

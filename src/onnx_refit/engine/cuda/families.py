@@ -6,6 +6,7 @@ of folds is a few launches, and each source weight is read where the trainer has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -213,6 +214,9 @@ class Family:
         half: the kind of halves that it writes; 0 for float32.
         taken: which leaf is looked at for NaN and infinities, and kept, as it is read; None where none is. It has the
             weight's own elements in their order.
+
+    Attributes:
+        elements: of all weights.
     """
 
     def __init__(
@@ -258,6 +262,7 @@ class Family:
         self._pieces = upload(np.array(pieces, np.uint32), table.device)
         text = code(lines, varies, deepest, half, taken)
         self._kernel = kernels.compiled(text, "family", table.device.index, fused=False)
+        self.elements = sum(math.prod(row["sizes"].tolist()) for row in rows)
         self._grid = -(-self._count // (THREADS // WARP))
         self._tables = (self._members.data_ptr(), self._pieces.data_ptr())
 

@@ -105,6 +105,33 @@ class Prepared:
         self._launcher(self._pointer, self._grid, 1, 1, self._block, 1, 1, 0, stream, self._parameters, 0)
 
 
+class Beside:
+    """A second stream of the current device, for small kernels beside a large one.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        stream: as a plain number.
+    """
+
+    def __init__(self, device: Any) -> None:
+        cupy = _cupy()
+        self._own = torch.cuda.Stream(device)
+        self.stream: int = self._own.cuda_stream
+        with cupy.cuda.Device(device.index):
+            self._event = cupy.cuda.Event(disable_timing=True)
+        self._runtime = cupy.cuda.runtime
+
+    def mark(self, stream: int) -> None:
+        """Note what is enqueued on a stream so far."""
+        self._runtime.eventRecord(self._event.ptr, stream)
+
+    def follow(self) -> None:
+        """Wait, on the second stream, for what was noted."""
+        self._runtime.streamWaitEvent(self.stream, self._event.ptr)
+
+
 def current_stream(device: Any) -> int:
     """PyTorch's current stream of a device, as a plain number."""
     stream: int = torch._C._cuda_getCurrentRawStream(device.index or 0)

@@ -71,6 +71,7 @@ class Route:
         specs: of all source weights.
         places: where samples are taken.
         device: the GPU.
+        beside: its second stream.
 
     Attributes:
         rest: engine weights among these that no kernel of ours makes.
@@ -87,6 +88,7 @@ class Route:
         specs: Mapping[str, TensorSpec],
         places: Places,
         device: Any,
+        beside: kernels.Beside,
     ) -> None:
         self._own, self._read, self._device, self._specs = tuple(own), tuple(read), device, specs
         self._sources = (*own, *read)
@@ -128,6 +130,10 @@ class Route:
         self._take = kernels.Prepared(kernels.kernel(_FILES, "take", device.index), device, blocks, _THREADS, fixed, 4)
         self._families = made
         self._compute = [family.prepared(found) for family in made]
+        # The largest runs on the caller's stream, all others beside it: each alone leaves most of the GPU idle.
+        self._beside = beside
+        sizes = [4 * family.elements for family in made]
+        self._largest = int(np.argmax([sum(part[1] for part in parts), *sizes]))
         self._alive: list[object] = []
         self._narrows = any(cast for slots in sinks.values() for _, cast in slots)
         self._casts = False
@@ -146,7 +152,7 @@ class Route:
         after: int,
         filler: Filler,
     ) -> None:
-        """Enqueue everything.
+        """Enqueue everything, on the current stream and the one beside it: both must be waited for.
 
         Args:
             stream: the current stream.
@@ -174,9 +180,21 @@ class Route:
             known |= {} if made is None else made.addresses
             self._addresses.note([known[name] for name in self._sources])
         weights, kept = arena.storage.data_ptr(), aside.storage.data_ptr()
-        for compute in self._compute:
-            compute(stream, weights, kept)
-        self._take(stream, before, after, weights, kept)
+        largest, small = self._largest, stream
+        if self._compute:
+            self._beside.mark(stream)
+            small = self._beside.stream
+        if largest:
+            self._compute[largest - 1](stream, weights, kept)
+        else:
+            self._take(stream, before, after, weights, kept)
+        if self._compute:
+            self._beside.follow()
+        for place, compute in enumerate(self._compute, 1):
+            if place != largest:
+                compute(small, weights, kept)
+        if largest:
+            self._take(small, before, after, weights, kept)
         self._casts = self._narrows or not attached.dense
         if self.rest:
             dense = {**others, **({} if made is None else made.tensors())}

@@ -88,6 +88,7 @@ class Taker:
         self._routes: OrderedDict[tuple[str, ...], tuple[Route, ...]] = OrderedDict()
         self._comparison: Comparison | None = None  # that of the last refit: what is frozen stays frozen
         self._unsettled = False
+        self._beside: Any = kernels.Beside(device) if self._kernels else None
         self._nothing = Arena(Layout([], torch.float32), device)
         self._positions: Mapping[str, Array] | None = None
         self._places: Places | None = None
@@ -124,15 +125,15 @@ class Taker:
             return Taken(self._made(wanted, base, arena), kept, now, lambda: alike)
         stream = kernels.current_stream(self._device)
         if self._unsettled:
-            kernels.wait(stream)
+            self._wait(stream)
         self._unsettled = True
         try:
             routes = self._enqueue(stream, attached, tensors, wanted, others, arena, aside, old, now.there)
         except BaseException:
-            kernels.wait(stream)
+            self._wait(stream)
             raise
         if not routes and not attached.held:
-            kernels.wait(stream)
+            self._wait(stream)
             return None
         settle = partial(self._settle, stream, attached, tensors, routes, look, marks)
         return Taken(self._made(wanted, base, arena), kept, now, settle)
@@ -149,15 +150,20 @@ class Taker:
         """See ``Taken.settle``; ``held`` is what kernels read and must not be given back before."""
         same = not attached.held or attached.form.same(tensors)
         if torch._C._cuda_getDevice() == self._device.index:
-            kernels.wait(stream)
+            self._wait(stream)
         else:
             with on_device(self._device):
-                kernels.wait(stream)
+                self._wait(stream)
         self._unsettled = False
         found = [route.alike(look=look) for route in routes]
         if not same or None in found:
             return None
         return [name for names in found if names for name in names]
+
+    def _wait(self, stream: int) -> None:
+        """Wait for everything; on the current device."""
+        kernels.wait(stream)
+        kernels.wait(self._beside.stream)
 
     def _made(self, wanted: Wanted, base: CudaWeightSet, arena: Arena) -> CudaWeightSet:
         if wanted.layout is self._layout:
@@ -227,7 +233,7 @@ class Taker:
             needed = required(self._compiled.program, weights) - frozenset(own)
             read = [name for name in self._specs if name in needed]
             layout, aside, specs = wanted.layout, wanted.aside, self._specs
-            return Route(own, read, weights, layout, aside, formulas, specs, places, self._device)
+            return Route(own, read, weights, layout, aside, formulas, specs, places, self._device, self._beside)
 
         routes: tuple[Route, ...] = (made(wanted.given, wanted.weights),)
         if wanted.first and not routes[0].rest and not wanted.others:
@@ -313,14 +319,19 @@ class Taker:
         whole = weights.arena.layout is self._layout
         begin = int(weights.arena.storage.data_ptr())
         found = []
+        last: PutAside | None = None  # most are in one
+        aside, there = 0, slots
         for name in names:
             engine = engines.get(name)
             if engine is not None and whole:
                 found.append(begin + slots[engine].offset)
             elif engine is not None:
                 found.append(weights.places[engine].address(engine))
-            elif type(held := holder(name)) is PutAside and held.device == self._device:
-                found.append(held.address(name))
+            elif (held := holder(name)) is last and last is not None:
+                found.append(aside + there[name].offset)
+            elif type(held) is PutAside and held.device == self._device:
+                last, aside, there = held, held.begin, held.slots
+                found.append(aside + there[name].offset)
             else:
                 alive.append(self._other(name, weights, holder))
                 found.append(int(alive[-1].data_ptr()))
