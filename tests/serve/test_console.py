@@ -123,8 +123,10 @@ def test_by_keyboard_alone_on_a_phone(running, opened, weights):
     page.keyboard.press("Enter")
     playwright.expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
+    playwright.expect(page.get_by_role("dialog")).to_be_hidden()
     assert running.infer() == (1.0, 1)
     page.keyboard.press("Enter")
+    playwright.expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     playwright.expect(page.locator("#message")).to_contain_text("Version 2 answers now")
@@ -134,6 +136,48 @@ def test_by_keyboard_alone_on_a_phone(running, opened, weights):
     playwright.expect(bar).to_be_visible()
     assert bar.evaluate("bar => bar.clientWidth") > 80, "the plot of changes must be seen on a phone too"
     shot(page, "phone-compared")
+
+
+def test_what_is_said_can_be_seen(running, opened, weights):
+    """Whoever reads that a version answers may compare it at once, however slow the server is."""
+    RefitClient(running.url, TOKEN).stage("affine", weights(2))
+    page = opened()
+    page.evaluate("""() => { const real = window.fetch; window.fetch = async (path, options) => {
+        if (path.endsWith("/refit")) await new Promise(done => setTimeout(done, 500));
+        return real(path, options); }; }""")
+    page.get_by_role("button", name="Commit").click()
+    page.get_by_role("dialog").get_by_role("button", name="Commit").click()
+    playwright.expect(page.locator("#message")).to_contain_text("Version 2 answers now")
+    assert page.get_by_role("button", name="Compare").is_enabled()
+    assert page.locator("#versions li").count() == 2
+
+
+def test_a_question_asked_again_at_once_is_answered_once(running, opened, weights):
+    """A dialog's close event comes after the closing: it must not answer the next question."""
+    RefitClient(running.url, TOKEN).stage("affine", weights(2))
+    page = opened()
+    page.get_by_role("button", name="Commit").click()
+    page.evaluate("document.getElementById('confirm').close(); document.querySelector('#staged button.main').click()")
+    page.evaluate("new Promise(done => setTimeout(done))")  # the event is queued before this
+    page.get_by_role("dialog").get_by_role("button", name="Commit").click()
+    playwright.expect(page.locator("#message")).to_contain_text("Version 2 answers now")
+    assert running.infer() == (2.0, 2)
+
+
+def test_the_keyboard_s_place_outlives_news(running, opened, weights):
+    client = RefitClient(running.url, TOKEN)
+    client.stage("affine", weights(2))
+    page = opened()
+    page.get_by_role("button", name="Commit").focus()
+    client.stage("affine", weights(3))
+    playwright.expect(page.locator("#staged .card")).to_have_count(2)
+    assert page.evaluate("document.activeElement.closest('.card').textContent").startswith("scale2.safetensors")
+    page.keyboard.press("Enter")
+    client.stage("affine", weights(4))
+    playwright.expect(page.locator("#events")).to_contain_text("staged: scale4.safetensors")
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#staged .card")).to_have_count(3)
+    assert page.evaluate("document.activeElement.textContent") == "Commit"
 
 
 def test_without_a_token_nothing_of_the_weights_shows(browser, running):
