@@ -53,6 +53,29 @@ def test_what_was_committed_answers_after_kill_9(begin, weights):
         RefitClient(running.url, TOKEN).rollback("affine", 3)
 
 
+def test_a_version_was_committed_when_it_was(begin, weights):
+    """Not when a server that was started again read it."""
+
+    def moments():
+        return {
+            version["number"]: version["committed"]
+            for version in RefitClient(running.url, TOKEN).status("affine")["versions"]
+        }
+
+    running = begin()
+    client = RefitClient(running.url, TOKEN)
+    client.commit("affine", client.stage("affine", weights(2))["id"])
+    client.rollback("affine")
+    before = moments()
+    assert before[1] < before[2]
+    for _ in range(2):
+        kill(running)
+        running = begin()
+        assert moments() == before
+        RefitClient(running.url, TOKEN).rollback("affine", 3 - running.infer()[1])
+        assert moments() == before
+
+
 def test_a_client_that_asks_again_after_a_restart_learns_what_became_of_it(begin, weights):
     running = begin()
     client = RefitClient(running.url, TOKEN)

@@ -126,9 +126,9 @@ class Engine:
         with self._lock:
             infos = {info.number: info for info in self._versions.infos()}
             for record in self._ledger.records():
-                if record.number not in infos:
-                    stored = VersionInfo.stored(record.number, source_of(record), record.parent, record.committed)
-                    infos[record.number] = stored
+                number, committed = record.number, record.committed  # not when this engine read it
+                held = infos.get(number) or VersionInfo.stored(number, source_of(record), record.parent, committed)
+                infos[number] = replace(held, committed=committed)
             return VersionList(infos[number] for number in sorted(infos))
 
     def fingerprint(self, version: int | None = None) -> str:
