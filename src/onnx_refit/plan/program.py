@@ -16,6 +16,9 @@ from onnx_refit.plan.evaluate import run_model
 from onnx_refit.tensors import Array, TensorSpec, onnx_dtype, onnx_dtype_name, spec_of, value_info_of
 
 _SMALL = 4096  # constants up to this many elements are shown to shape inference
+_ELEMENTWISE = {"Add": 2, "Sub": 2, "Mul": 2, "Div": 2, "Sqrt": 1, "Neg": 1, "Reciprocal": 1}
+"""Operator of the default domain (7 to the latest) -> inputs, all of the output's dtype, whose shapes are broadcast."""
+_FLOATS = frozenset({"float16", "float32", "float64"})
 
 
 class NotStaticError(ModelError):
@@ -121,6 +124,9 @@ class ProgramBuilder:
 
     def infer(self, node: NodeProto) -> list[TensorSpec]:
         """The specs of a node's outputs, its inputs being values of the program; raises as ``push``."""
+        plain = self._infer_elementwise(node)
+        if plain is not None:
+            return [plain]
         try:
             schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
             types = onnx.shape_inference.infer_node_outputs(
@@ -148,6 +154,20 @@ class ProgramBuilder:
             shape = tuple(int(d.dim_value) for d in tensor.shape.dim)
             specs.append(TensorSpec(output, onnx_dtype_name(tensor.elem_type), shape))
         return specs
+
+    def _infer_elementwise(self, node: NodeProto) -> TensorSpec | None:
+        """The spec of a broadcasting node's output; None for other nodes. Folds make hundreds of these."""
+        if node.op_type not in _ELEMENTWISE or node.domain or len(node.attribute) or len(node.output) != 1:
+            return None
+        given = [self.specs[name] for name in node.input]
+        kinds = {spec.dtype for spec in given}
+        if len(given) != _ELEMENTWISE[node.op_type] or len(kinds) > 1 or not kinds <= _FLOATS:
+            return None
+        try:
+            shape = np.broadcast_shapes(*(spec.static_shape for spec in given))
+        except ValueError:
+            return None
+        return TensorSpec(node.output[0], given[0].dtype, shape)
 
     def _small(self, name: str) -> TensorProto | None:
         """The value of a small constant, or of a small constant expression of integers, for shape inference."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +83,7 @@ class Code:
         return numbers.astype(carrier, copy=False).view(numpy_dtype(self.dtype))
 
     def number(self, raws: Sequence[int]) -> int:
-        """As ``decode``, of one element: its bits as an unsigned integer in each run."""
+        """As ``decode``, of one element: its bits as an unsigned integer in each of the runs."""
         _, bits, base = _RANGES[self.dtype]
         if not any(raws):
             return PADDING
@@ -92,9 +93,15 @@ class Code:
             if found < 0 or found >> bits:
                 return FOREIGN
             number |= found << (bits * digit)
-        modulus = 1 << min(64, bits * len(raws))
-        number = number * pow(self.multiplier, -1, modulus) & (modulus - 1)
+        inverse, modulus = self._inverse
+        number = number * inverse & (modulus - 1)
         return number if number < self.total else FOREIGN
+
+    @cached_property
+    def _inverse(self) -> tuple[int, int]:
+        """What undoes the multiplication, and modulo what: the values of all digits."""
+        modulus = 1 << min(64, _RANGES[self.dtype][1] * self.digits)
+        return pow(self.multiplier, -1, modulus), modulus
 
     def decode(self, values: list[Array]) -> Numbers:
         """The numbers of values of one tensor, the same elements from each run; PADDING and FOREIGN for others."""
@@ -118,8 +125,8 @@ class Code:
             found = raw - np.uint64(base)
             foreign |= found >= np.uint64(1 << bits)
             numbers |= found << np.uint64(bits * digit)
-        modulus = 1 << min(64, bits * self.digits)
-        numbers *= np.uint64(pow(self.multiplier, -1, modulus))
+        inverse, modulus = self._inverse
+        numbers *= np.uint64(inverse)
         numbers &= np.uint64(modulus - 1)
         foreign |= numbers >= np.uint64(self.total)
         result[foreign] = FOREIGN
