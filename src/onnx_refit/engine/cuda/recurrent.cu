@@ -21,21 +21,18 @@ __global__ __launch_bounds__((H * LANES + 31) / 32 * 32, 1) void lstm(
   rows.load(R + (size_t)d * 4 * H * H, unit, lane);
   for (int k = threadIdx.x; k < 2 * ((Rows::PADDED + 3) / 4 * 4); k += blockDim.x) (&h[0][0])[k] = 0.f;
   __syncthreads();
-  const size_t state = ((size_t)d * B + b) * H + unit;
+  const Walk walk(xp, y, H, 4, T, B, D, d, b, unit, gate, backwards);
+  const size_t state = walk.state;
+  const ptrdiff_t row = walk.row, out = walk.out;
+  const float* x = walk.x;
+  float* to = walk.to;
   float c = c0 ? c0[state] : 0.f, v = h0 ? h0[state] : 0.f;
   const bool writer = real && lane == 0;
   if (writer) h[0][unit] = v;
-  const bool back = (backwards >> d) & 1;
-  const int first = back ? T - 1 : 0;
-  const ptrdiff_t row = (ptrdiff_t)B * D * 4 * H * (back ? -1 : 1);
-  const float* x = xp + ((size_t)first * B + b) * D * 4 * H + (size_t)d * 4 * H + gate * H + unit;
-  const ptrdiff_t out = (ptrdiff_t)D * B * H * (back ? -1 : 1);
-  float* to = y + (((size_t)first * D + d) * B + b) * H + unit;
   // Two steps' projections are always on their way.
   float x0 = T > 0 ? x[0] : 0.f, x1 = T > 1 ? x[row] : 0.f;
   const int base = (threadIdx.x & 31) & ~(LANES - 1);
-  const float* own = bias + (size_t)d * 8 * H + gate * H + unit;
-  const float constant = bias ? own[0] + own[4 * H] : 0.f;
+  const float constant = lstm_bias(bias, H, d, gate, unit);
   __syncthreads();
   int cur = 0;
   for (int s = 0; s < T; ++s) {
@@ -80,33 +77,21 @@ __global__ __launch_bounds__((H * LANES + 31) / 32 * 32, 1) void gru(
   rows.load(R + (size_t)d * 3 * H * H, unit, lane);
   for (int k = threadIdx.x; k < 2 * ((Rows::PADDED + 3) / 4 * 4); k += blockDim.x) (&h[0][0])[k] = 0.f;
   __syncthreads();
-  const size_t state = ((size_t)d * B + b) * H + unit;
+  const Walk walk(xp, y, H, 3, T, B, D, d, b, unit, 0, backwards);
+  const size_t state = walk.state;
+  const ptrdiff_t row = walk.row, out = walk.out;
+  const float* x = walk.x;
+  float* to = walk.to;
   float v = h0 ? h0[state] : 0.f;
   const GruBias constant(bias + (size_t)d * 6 * H + unit, H, bias != nullptr);
   const bool writer = real && lane == 0;
   if (writer) h[0][unit] = v;
-  const bool back = (backwards >> d) & 1;
-  const int first = back ? T - 1 : 0;
-  const ptrdiff_t row = (ptrdiff_t)B * D * 3 * H * (back ? -1 : 1);
-  const float* x = xp + ((size_t)first * B + b) * D * 3 * H + (size_t)d * 3 * H + unit;
-  const ptrdiff_t out = (ptrdiff_t)D * B * H * (back ? -1 : 1);
-  float* to = y + (((size_t)first * D + d) * B + b) * H + unit;
-  float now[3], next[3];
-#pragma unroll
-  for (int g = 0; g < 3; ++g) {
-    now[g] = T > 0 ? x[g * H] : 0.f;
-    next[g] = T > 1 ? x[row + g * H] : 0.f;
-  }
+  GruAhead ahead(x, row, H, T);
   __syncthreads();
   int cur = 0;
   for (int s = 0; s < T; ++s) {
     float xt[3], a[3];
-#pragma unroll
-    for (int g = 0; g < 3; ++g) {
-      xt[g] = now[g];
-      now[g] = next[g];
-      if (s + 2 < T) next[g] = x[2 * row + g * H];
-    }
+    ahead.take(x, row, H, s, T, xt);
     x += row;
     rows.dot(h[cur], lane, a);
     all_gates<LANES>(a);

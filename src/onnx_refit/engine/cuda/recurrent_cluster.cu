@@ -100,19 +100,16 @@ KERNEL(H, LANES, BLOCKS) lstm_cluster(
   for (int k = threadIdx.x; k < 2 * PADDED; k += blockDim.x)
     (&h[0][0])[k] = h0 && k < H ? h0[((size_t)d * B + b) * H + k] : 0.f;
   __syncthreads();
-  const size_t state = ((size_t)d * B + b) * H + unit;
+  const Walk walk(xp, y, H, 4, T, B, D, d, b, unit, gate, backwards);
+  const size_t state = walk.state;
+  const ptrdiff_t row = walk.row, out = walk.out;
+  const float* x = walk.x;
+  float* to = walk.to;
   float c = c0 ? c0[state] : 0.f, v = h0 ? h0[state] : 0.f;
-  const bool back = (backwards >> d) & 1;
-  const int first = back ? T - 1 : 0;
-  const ptrdiff_t row = (ptrdiff_t)B * D * 4 * H * (back ? -1 : 1);
-  const float* x = xp + ((size_t)first * B + b) * D * 4 * H + (size_t)d * 4 * H + gate * H + unit;
-  const ptrdiff_t out = (ptrdiff_t)D * B * H * (back ? -1 : 1);
-  float* to = y + (((size_t)first * D + d) * B + b) * H + unit;
   // Two steps' projections are always on their way.
   float x0 = T > 0 ? x[0] : 0.f, x1 = T > 1 ? x[row] : 0.f;
   const int base = (threadIdx.x & 31) & ~(LANES - 1);
-  const float* own = bias + (size_t)d * 8 * H + gate * H + unit;
-  const float constant = bias ? own[0] + own[4 * H] : 0.f;
+  const float constant = lstm_bias(bias, H, d, gate, unit);
   Exchange<H, PADDED, LANES, BLOCKS> exchange;
   exchange.begin(h, bars, unit, lane);
   auto step = [&](int s, int cur) {
@@ -168,31 +165,19 @@ KERNEL(H, LANES, BLOCKS) gru_cluster(
   for (int k = threadIdx.x; k < 2 * PADDED; k += blockDim.x)
     (&h[0][0])[k] = h0 && k < H ? h0[((size_t)d * B + b) * H + k] : 0.f;
   __syncthreads();
-  const size_t state = ((size_t)d * B + b) * H + unit;
+  const Walk walk(xp, y, H, 3, T, B, D, d, b, unit, 0, backwards);
+  const size_t state = walk.state;
+  const ptrdiff_t row = walk.row, out = walk.out;
+  const float* x = walk.x;
+  float* to = walk.to;
   float v = h0 ? h0[state] : 0.f;
   const GruBias constant(bias + (size_t)d * 6 * H + unit, H, bias != nullptr);
-  const bool back = (backwards >> d) & 1;
-  const int first = back ? T - 1 : 0;
-  const ptrdiff_t row = (ptrdiff_t)B * D * 3 * H * (back ? -1 : 1);
-  const float* x = xp + ((size_t)first * B + b) * D * 3 * H + (size_t)d * 3 * H + unit;
-  const ptrdiff_t out = (ptrdiff_t)D * B * H * (back ? -1 : 1);
-  float* to = y + (((size_t)first * D + d) * B + b) * H + unit;
-  float now[3], next[3];
-#pragma unroll
-  for (int g = 0; g < 3; ++g) {
-    now[g] = T > 0 ? x[g * H] : 0.f;
-    next[g] = T > 1 ? x[row + g * H] : 0.f;
-  }
+  GruAhead ahead(x, row, H, T);
   Exchange<H, PADDED, LANES, BLOCKS> exchange;
   exchange.begin(h, bars, unit, lane);
   auto step = [&](int s, int cur) {
     float xt[3], a[3];
-#pragma unroll
-    for (int g = 0; g < 3; ++g) {
-      xt[g] = now[g];
-      now[g] = next[g];
-      if (s + 2 < T) next[g] = x[2 * row + g * H];
-    }
+    ahead.take(x, row, H, s, T, xt);
     x += row;
     exchange.receive(s, cur);
     rows.dot(h[cur], lane, a);

@@ -48,6 +48,55 @@ struct Slice {
   }
 };
 
+// Where a unit's steps read and write, and the way from one step to the next.
+struct Walk {
+  size_t state;        // of the unit, among all directions and batch elements
+  ptrdiff_t row, out;  // from a step's projection to the next one's, from a step's output to the next one's
+  const float* x;      // the first step's projection of the inputs, at the unit's gate
+  float* to;           // the first step's output
+
+  __device__ __forceinline__ Walk(
+      const float* xp, float* y, int H, int gates, int T, int B, int D, int d, int b, int unit, int gate, int backwards) {
+    const bool back = (backwards >> d) & 1;
+    const int first = back ? T - 1 : 0;
+    const size_t width = (size_t)gates * H;
+    state = ((size_t)d * B + b) * H + unit;
+    row = (ptrdiff_t)(B * D * width) * (back ? -1 : 1);
+    out = (ptrdiff_t)D * B * H * (back ? -1 : 1);
+    x = xp + ((size_t)first * B + b) * D * width + d * width + gate * H + unit;
+    to = y + (((size_t)first * D + d) * B + b) * H + unit;
+  }
+};
+
+// The bias of an LSTM's gate: of the inputs and of the state together.
+__device__ __forceinline__ float lstm_bias(const float* bias, int H, int d, int gate, int unit) {
+  const float* own = bias + (size_t)d * 8 * H + gate * H + unit;
+  return bias ? own[0] + own[4 * H] : 0.f;
+}
+
+// The projections of a GRU's unit, of all gates: two steps' are always on their way.
+struct GruAhead {
+  float now[3], next[3];
+
+  __device__ __forceinline__ GruAhead(const float* x, ptrdiff_t row, int H, int T) {
+#pragma unroll
+    for (int g = 0; g < 3; ++g) {
+      now[g] = T > 0 ? x[g * H] : 0.f;
+      next[g] = T > 1 ? x[row + g * H] : 0.f;
+    }
+  }
+
+  // Those of step s, whose projections are at x.
+  __device__ __forceinline__ void take(const float* x, ptrdiff_t row, int H, int s, int T, float (&xt)[3]) {
+#pragma unroll
+    for (int g = 0; g < 3; ++g) {
+      xt[g] = now[g];
+      now[g] = next[g];
+      if (s + 2 < T) next[g] = x[2 * row + g * H];
+    }
+  }
+};
+
 // Sums of four gates over LANES neighbours: each exchange halves what a lane keeps, until it holds one gate's whole sum.
 template <int LANES>
 __device__ __forceinline__ float own_gate(const float (&a)[4], int lane) {
