@@ -11,13 +11,12 @@ import numpy as np
 
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.plan.compiled import SourceWeight
-from onnx_refit.refit.check_report import Accepted, AsDeclared, CheckReport, Missing, Rejected, RejectReason, Unused
+from onnx_refit.refit.check_report import Accepted, CheckReport, Missing, Rejected, RejectReason, Unused
 from onnx_refit.tensors import Array, TensorSpec, is_floating
 from onnx_refit.weights.finite import Reader
 from onnx_refit.weights.nearest import Nearest
 from onnx_refit.weights.scan import CastProblem, Measure, Worst, all_finite, cast, first_non_finite, measure, same_bits
 from onnx_refit.weights.source import WeightSource
-from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.view import NamedView, ViewProblemKind
 
 # Near misses are looked up for so many problems of a kind; nobody reads further, and a look-up takes milliseconds.
@@ -106,11 +105,6 @@ def check(
         ``compare`` found unchanged; empty unless the report is ok. They may share memory with the checkpoint.
     """
     chosen = options or CheckOptions()
-    if load is None and finite_later and type(weights) is ArraysSource and not (chosen.compare or chosen.measure):
-        specs = [source.spec for source in sources]
-        plain = weights.plain(specs)
-        if plain is not None:
-            return CheckReport(weights.description, chosen.partial, AsDeclared(specs), (), (), ()), plain
     view = weights if isinstance(weights, NamedView) else None
     problems = view.problems if view is not None else {}
     kept = view.kept if view is not None else frozenset()
