@@ -17,7 +17,7 @@ from onnx_refit.engine.onnxruntime.blocked import Matrix, blocked_matrix
 from onnx_refit.engine.onnxruntime.buffers import Storage
 from onnx_refit.engine.onnxruntime.moving import SPLIT
 from onnx_refit.errors import EngineError
-from onnx_refit.moves.library import Library, load
+from onnx_refit.moves.library import WIDE, Library, load
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk, c_strides, evaluate, whole
 from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype
 
@@ -195,6 +195,46 @@ def test_what_is_not_finite_is_seen_wherever_it_is(
     w[at] = np.array(float(value), kind)
     assert suspected()
     assert not suspected(watched=False)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_only_scales_others_is_seen_and_kept(kept: bool) -> None:
+    rows, wide = 3 * SPLIT // 2, 2
+    w, f = np.ones(rows * wide, np.float32), np.ones(rows, np.float32)
+    operands = (Operand(PREFIX + "w", Walk(0, (wide, 1))), Operand(PREFIX + "f", Walk(0, (1, 0))))
+    piece = Piece((rows, wide), Walk(0, (wide, 1)), operands)
+    recipe = Recipe(TensorSpec("t", "float32", (rows * wide,)), (piece,))
+    tensors: dict[str, Array] = {PREFIX + "w": w, PREFIX + "f": f}
+
+    def suspected() -> list[str]:
+        eyes = {name: Eye(np.zeros_like(tensors[PREFIX + name]) if kept else None) for name in ("w", "f")}
+        moved(recipe, tensors, eyes)
+        for name, eye in eyes.items():
+            assert eye.keep is None or eye.keep.tobytes() == tensors[PREFIX + name].tobytes()
+        return [name for name, eye in eyes.items() if eye.suspected]
+
+    assert suspected() == []
+    for position in (0, SPLIT, rows - 1):
+        f[position] = np.nan
+        assert suspected() == ["f"]
+        f[position] = 1
+
+
+def test_what_is_moved_in_part_and_scales_in_part_is_seen() -> None:
+    half = 2 * WIDE
+    w, v = np.ones(2 * half, np.float32), np.ones(half, np.float32)
+    plain = Walk(0, (1,))
+    pieces = (
+        Piece((half,), plain, (Operand(PREFIX + "w", plain),)),
+        Piece((half,), Walk(half, (1,)), (Operand(PREFIX + "v", plain), Operand(PREFIX + "w", Walk(half, (1,))))),
+    )
+    recipe = Recipe(TensorSpec("t", "float32", (2 * half,)), pieces)
+    for position in (0, half - 1, half, 2 * half - 1):
+        w[position] = np.inf
+        eye = Eye(None)
+        moved(recipe, {PREFIX + "w": w, PREFIX + "v": v}, {"w": eye})
+        assert eye.suspected
+        w[position] = 1
 
 
 def test_the_bits_of_nan_survive() -> None:

@@ -37,7 +37,7 @@ def covered(
     # Only wide rows are looked at: for other moves it is faster to look first, which brings the source into the cache.
     slots = Slots()
     moves = [row for unit in units(recipe, dtypes, sizes, "target", slots) or () for row in unit.rows]
-    looked = {name: [row for row in moves if row[_SOURCE] == slots[name]] for name in found}
+    looked = {name: [row for row in moves if slots[name] in {row[_SOURCE], row[_FACTOR]}] for name in found}
     return {
         name: found[name]
         for name, rows in looked.items()

@@ -183,22 +183,22 @@ def looking(
     """The same units, each looking first at the elements of a source that it reads, roughly; each element once.
 
     Args:
-        parts: units, some of which read it.
+        parts: units, some of which move it; where none does, others are added that look.
         source: the tensor's name in the recipes.
         name: the source weight's own.
         dtype: its dtype.
         size: its elements.
         slots: numbers the slots.
     """
-    readers = sorted(
-        (k for k, part in enumerate(parts) if source in part.begins), key=lambda k: parts[k].begins[source]
-    )
+    readers = [k for k, part in enumerate(parts) if source in part.begins]
+    readers.sort(key=lambda k: parts[k].begins[source])
+    if not readers:  # it only scales another one
+        return (*parts, *looks(name, dtype, size, slots))
     begins = [0, *(parts[k].begins[source] for k in readers[1:]), size]
     done = list(parts)
     for k, begin, end in zip(readers, begins, begins[1:], strict=False):
         if begin < end:
-            row = look(name, dtype, begin, end, slots)
-            done[k] = replace(parts[k], rows=(row, *parts[k].rows))
+            done[k] = replace(parts[k], rows=(look(name, dtype, begin, end, slots), *parts[k].rows))
     return tuple(done)
 
 
