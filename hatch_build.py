@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -29,7 +30,8 @@ class NativeHook(BuildHookInterface):  # type: ignore[type-arg, misc]
         target = Path(self.root) / _FOLDER / "_moves.so"
         problem = compiled(Path(self.root) / _FOLDER / "moves.c", target)
         if problem:
-            target.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is left there is refused by its version, if it is another
+                target.unlink(missing_ok=True)
             self.app.display_warning(f"onnx-refit is built without native code, its refits will be slower: {problem}")
             return
         build_data["artifacts"].append(f"/{_FOLDER.as_posix()}/_moves.so")
@@ -42,22 +44,23 @@ def compiled(source: Path, target: Path) -> str:
     """Compile; what went wrong, or nothing. A running process keeps the file that it has mapped."""
     if sys.platform == "win32":
         return "not tried on Windows"
-    command = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
-    if not command[0]:
-        return "there is no C compiler (cc)"
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        try:
+    try:
+        command = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
+        if not command[0]:
+            return "there is no C compiler (cc)"
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
             done = subprocess.run(
                 [*command, *_FLAGS, "-o", str(made), str(source)],
                 check=False,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=300,
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            return str(error)
-        if done.returncode:
-            return done.stderr.strip()[-2000:] or f"{command[0]} failed"
-        made.replace(target)
+            if done.returncode:
+                return done.stderr.strip()[-2000:] or f"{command[0]} failed"
+            made.replace(target)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # a folder that is read-only, say
+        return str(error)
     return ""
