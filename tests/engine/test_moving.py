@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 
 import ml_dtypes
@@ -57,8 +60,8 @@ def moved(recipe: Recipe, tensors: Mapping[str, Array], eyes: Mapping[str, Eye] 
     guarded = Storage(TensorSpec("t", recipe.spec.dtype, (recipe.spec.size + 64,)))
     guarded.flat[-64:] = 1
     ready = made.ready({"t": guarded}, tensors, {}, eyes)
-    made.library.work(ready.address)
-    made.library.work(ready.address)  # whoever comes late finds nothing to do
+    made.work(ready)
+    made.work(ready)  # whoever comes late finds nothing to do
     ready.tell()
     assert (guarded.flat[-64:] == 1).all()
     return guarded.flat[: recipe.spec.size]
@@ -246,6 +249,77 @@ def test_the_bits_of_nan_survive() -> None:
         recipe = Recipe(TensorSpec("t", "float32", (160,)), (piece,))
         wanted = np.ndarray(dims, np.uint32, bits, 0, tuple(4 * s for s in strides)).ravel()
         np.testing.assert_array_equal(moved(recipe, {PREFIX + "w": w}).view(np.uint32), wanted)
+
+
+@pytest.mark.parametrize("by", range(1, 8))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("steps", [(40, 1), (1, 60), (2, 120)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_sources_that_begin_at_any_byte(by: int, dtype: str, steps: tuple[int, int], scaled: bool) -> None:
+    """As tensors of a checkpoint may, of which a view was taken."""
+
+    def at_byte(values: Array) -> Array:
+        room = np.zeros(values.nbytes + by, np.uint8)[by:]
+        placed: Array = room.view(values.dtype)
+        placed[:] = values
+        return placed
+
+    w = at_byte(np.arange(4800).astype(numpy_dtype(dtype)))
+    operands = [Operand(PREFIX + "w", Walk(0, steps))]
+    tensors: dict[str, Array] = {PREFIX + "w": w}
+    if scaled and dtype == "float32":
+        tensors["computed:f"] = at_byte(np.full(40, 3, np.float32))
+        operands.append(Operand("computed:f", Walk(0, (0, 1))))
+    recipe = Recipe(TensorSpec("t", dtype, (2400,)), (Piece((60, 40), Walk(0, (40, 1)), tuple(operands)),))
+    eye = Eye(at_byte(np.zeros_like(w)))
+    np.testing.assert_array_equal(moved(recipe, tensors, {"w": eye}), evaluate(recipe, tensors.__getitem__))
+    np.testing.assert_array_equal(eye.keep, w)
+
+
+def test_names_are_any_names() -> None:
+    """An engine weight may be called like what is only looked at."""
+    assert isinstance(found, Library)
+    spec = TensorSpec("t", "float32", (100,))
+    recipes = {name: whole(spec, PREFIX + "w") for name in ("a", "b", "look v")}
+    ones = {PREFIX + name: np.ones(100, np.float32) for name in ("w", "v")}
+    sizes, dtypes = dict.fromkeys(ones, 100), dict.fromkeys(ones, np.dtype(np.float32))
+    made = Batcher(found, recipes, dtypes, sizes, {"w": "a"}, PREFIX)
+    first = {name: Storage(spec) for name in ("a", "look v")}
+    made.work(made.ready(first, ones, {}, {}))
+    second = {"a": Storage(spec)}
+    ones[PREFIX + "v"][7] = np.nan
+    eye = Eye(None)
+    ready = made.ready(second, ones, {}, {"v": eye})
+    assert ready.elements == 200
+    made.work(ready)
+    ready.tell()
+    assert eye.suspected
+    assert all(storage.flat.all() for storage in (*first.values(), *second.values()))
+
+
+def test_who_works_on_a_batch_keeps_all_that_it_points_at() -> None:
+    """Whoever waits for the threads may be interrupted, and forget it."""
+    begun, go = threading.Event(), threading.Event()
+
+    def work(address: int) -> None:
+        begun.set()
+        assert go.wait(10)
+
+    recipe = whole(TensorSpec("t", "float32", (100,)), PREFIX + "w")
+    tensors: dict[str, Array] = {PREFIX + "w": np.ones(100, np.float32)}
+    held = weakref.ref(tensors[PREFIX + "w"])
+    made = batcher(recipe, tensors)
+    made.library = Library(work)
+    batches = [made.ready({"t": Storage(recipe.spec)}, tensors, {}, {})]
+    thread = threading.Thread(target=lambda: made.work(batches.pop()))
+    thread.start()
+    del tensors
+    assert begun.wait(10)
+    gc.collect()
+    assert held() is not None
+    go.set()
+    thread.join()
+    assert held() is None
 
 
 def test_gathers() -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 import onnx_refit
 from onnx_refit.engine.onnxruntime import backend as backends
 from onnx_refit.moves.library import FILE, OFF, Absent, Library, load
+from onnx_refit.plan.compile import CompileOptions, compile_model
 from onnx_refit.plan.compiled import Decision, Verdict
+from onnx_refit.refit.inspection import Inspection
 
 from .zoo import model, n, weight
 
@@ -105,12 +112,79 @@ def test_what_does_not_compile_is_said(hook: ModuleType, tmp_path: Path) -> None
     assert not (tmp_path / FILE).exists()
 
 
+@compiler
+def test_nothing_that_c_leaves_undefined_is_done(
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "cc -fsanitize=undefined -fsanitize-undefined-trap-on-error")
+    problem = hook.compiled(SOURCE, tmp_path / FILE)
+    if problem:
+        pytest.skip(f"the compiler has no such check: {problem}")
+    script = (
+        "import pathlib, sys\n"
+        "from onnx_refit.moves.library import Library, load\n"
+        "import tests.engine.test_moving as tests\n"
+        "tests.found = load(pathlib.Path(sys.argv[1]))\n"
+        "assert isinstance(tests.found, Library)\n"
+        "for by in range(8):\n"
+        "    for dtype in ('float32', 'float16', 'float64'):\n"
+        "        for steps in ((40, 1), (1, 60), (2, 120)):\n"
+        "            tests.test_sources_that_begin_at_any_byte(by, dtype, steps, by % 2 == 0)\n"
+        "tests.test_any_order_of_axes()\n"
+        "tests.test_products_are_those_of_numpy()\n"
+        "tests.test_what_is_not_finite_is_seen_wherever_it_is()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # a trap ends the process
+
+
+@pytest.mark.parametrize("command", ["cc 'unfinished", "no-such-compiler -O3"])
+def test_a_command_that_cannot_be_run_is_said(
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("CC", command)
+    assert hook.compiled(SOURCE, tmp_path / FILE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@compiler
+def test_a_folder_that_cannot_be_written_is_said(
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(hook.tempfile, "mkdtemp", refuse)
+    assert "Permission denied" in hook.compiled(SOURCE, tmp_path / FILE)
+
+
 def test_without_a_compiler_there_is_a_reason(
     hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no C compiler" in hook.compiled(SOURCE, tmp_path / FILE)
+
+
+def test_weights_that_native_code_moves_but_cannot_look_at_are_kept() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(-8, 8, (96, 128)).astype(ml_dtypes.int4)
+    made = model(
+        [n("Transpose", "q", "t", perm=[1, 0]), n("DequantizeLinear", "t s", "w"), n("MatMul", "x w", "y")],
+        [("x", ["M", 128])],
+        [("y", None)],
+        [onnx.numpy_helper.from_array(values, "q"), onnx.numpy_helper.from_array(np.array(1, np.float32), "s")],
+        opset=21,
+    )
+    made.ir_version = 10
+    compilation = compile_model(made, CompileOptions(refittable=("q",)))
+    backend = backends.create(compilation.compiled)
+    kept = {"q": np.zeros_like(values)}
+    inspection = Inspection({"q": values}, kept, look=True)
+    backend.derive({**compilation.weights, "q": values}, inspector=inspection)
+    assert inspection.finish()
+    assert kept["q"].tobytes() == values.tobytes()
+    backend.close()
 
 
 def test_both_ways_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

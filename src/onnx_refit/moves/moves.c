@@ -70,18 +70,22 @@ typedef struct {
 typedef float floats __attribute__((vector_size(16)));
 typedef int32_t integers __attribute__((vector_size(16)));
 
-/* The bits of elements, so that a NaN is moved as it is; `may_alias` since the memory is of any type. */
-typedef uint32_t __attribute__((may_alias)) word;
-typedef uint16_t __attribute__((may_alias)) half;
-typedef uint64_t __attribute__((may_alias)) twice;
+/* The memory is of any type, and a checkpoint's tensors may begin at any byte. */
+#define ANYWHERE __attribute__((may_alias, aligned(1)))
+typedef float ANYWHERE single;
 
-static inline floats load(const float *from) {
+/* The bits of elements, so that a NaN is moved as it is. */
+typedef uint16_t ANYWHERE half;
+typedef uint32_t ANYWHERE word;
+typedef uint64_t ANYWHERE twice;
+
+static inline floats load(const single *from) {
     floats value;
     memcpy(&value, from, sizeof value);
     return value;
 }
 
-static inline void store(float *to, floats value, int past) {
+static inline void store(single *to, floats value, int past) {
 #if defined(__SSE2__)
     if (past) {
         _mm_stream_ps(to, (__m128)value);
@@ -134,21 +138,21 @@ static int copy_looking(uint8_t *to, const uint8_t *from, size_t bytes, int64_t 
     size_t head = stream ? (size_t)(-(uintptr_t)to & 63) : 0, i;
     if (head > bytes) head = bytes;
     size_t body = (bytes - head) & ~(size_t)63;
-    integers found = {0}, single = {(int32_t)exponent, (int32_t)exponent, (int32_t)exponent, (int32_t)exponent};
+    integers found = {0}, wide = {(int32_t)exponent, (int32_t)exponent, (int32_t)exponent, (int32_t)exponent};
     int16_t low = (int16_t)exponent;
     shorts half_found = {0}, halves = {low, low, low, low, low, low, low, low};
     memcpy(to, from, head);
     if (size == 4)
         for (i = head; i < head + body; i += 16) {
-            floats value = load((const float *)(const void *)(from + i));
-            found |= wrong(value, single);
-            store((float *)(void *)(to + i), value, stream);
+            floats value = load((const single *)(const void *)(from + i));
+            found |= wrong(value, wide);
+            store((single *)(void *)(to + i), value, stream);
         }
     else
         for (i = head; i < head + body; i += 16) {
-            floats value = load((const float *)(const void *)(from + i));
+            floats value = load((const single *)(const void *)(from + i));
             half_found |= ((shorts)value & halves) == halves;
-            store((float *)(void *)(to + i), value, stream);
+            store((single *)(void *)(to + i), value, stream);
         }
     memcpy(to + head + body, from + head + body, bytes - head - body);
     found |= (integers)half_found;
@@ -183,7 +187,7 @@ static void look(const move *m, const uint64_t *addresses, int stream) {
 
 /* target[i] = source[i] (* factor[i]), side by side in both. */
 static inline __attribute__((always_inline)) void row(
-    float *t, const float *s, const float *f, int64_t f_step, int64_t count, int past) {
+    single *t, const single *s, const single *f, int64_t f_step, int64_t count, int past) {
     int64_t i = 0;
     if (!f) {
         for (; i + 4 <= count; i += 4) store(t + i, load(s + i), past);
@@ -201,7 +205,7 @@ static inline __attribute__((always_inline)) void row(
 
 /* Some rows of a move, one after the other: a call for each would cost more than a short one does. */
 static inline __attribute__((always_inline)) void rows(
-    const move *m, float *t, const float *s, const float *f, int64_t count, int past) {
+    const move *m, single *t, const single *s, const single *f, int64_t count, int past) {
     for (int64_t r = 0; r < m->dims[RANK - 2]; r++) {
         row(t, s, f, m->factor_strides[RANK - 1], count, past);
         t += m->target_strides[RANK - 2];
@@ -211,7 +215,7 @@ static inline __attribute__((always_inline)) void rows(
 }
 
 /* Four columns of four rows. */
-static inline void turn(const float *s, int64_t step, floats *columns) {
+static inline void turn(const single *s, int64_t step, floats *columns) {
     floats a = load(s), b = load(s + step), c = load(s + 2 * step), d = load(s + 3 * step);
     floats ab = SHUFFLE(a, b, 0, 4, 1, 5), ba = SHUFFLE(a, b, 2, 6, 3, 7);
     floats cd = SHUFFLE(c, d, 0, 4, 1, 5), dc = SHUFFLE(c, d, 2, 6, 3, 7);
@@ -232,7 +236,7 @@ static inline int64_t place(const tile *k, int64_t r) { return k->offsets ? k->o
 
 /* `count` columns, 4, 8 or 16, known when this is compiled; `by` holds their factors. */
 static inline __attribute__((always_inline)) void lanes(
-    float *t, const float *s, const floats *by, const tile *k, int count, int past) {
+    single *t, const single *s, const floats *by, const tile *k, int count, int past) {
     int64_t r = 0;
     for (; r + 4 <= k->run; r += 4) {
         floats out[LANES / 4][4];
@@ -242,7 +246,7 @@ static inline __attribute__((always_inline)) void lanes(
                 for (int j = 0; j < 4; j++) out[q][j] *= by[q];
         }
         for (int j = 0; j < 4; j++) {
-            float *to = t + place(k, r + j);
+            single *to = t + place(k, r + j);
             for (int q = 0; q < count / 4; q++) store(to + 4 * q, out[q][j], past);
         }
     }
@@ -251,20 +255,20 @@ static inline __attribute__((always_inline)) void lanes(
         const word *from = (const word *)(s + r);
         for (int w = 0; w < count; w++)
             if (by)
-                ((float *)to)[w] = ((const float *)from)[w * k->s_step] * by[w / 4][w % 4];
+                ((single *)to)[w] = ((const single *)from)[w * k->s_step] * by[w / 4][w % 4];
             else
                 to[w] = from[w * k->s_step];
     }
 }
 
-static void tiles(float *t, const float *s, const float *f, int64_t f_step, const tile *k, int64_t width, int past) {
+static void tiles(single *t, const single *s, const single *f, int64_t f_step, const tile *k, int64_t width, int past) {
     floats by[LANES / 4];
     int64_t w = 0;
     while (w < width) {
         int64_t left = width - w;
         int count = left >= LANES ? LANES : left >= 8 ? 8 : left >= 4 ? 4 : 1;
-        float *to = t + w;
-        const float *from = s + w * k->s_step;
+        single *to = t + w;
+        const single *from = s + w * k->s_step;
         if (f)
             for (int j = 0; j < count; j++) by[j / 4][j % 4] = f[(w + j) * f_step];
         if (count == LANES)
@@ -292,12 +296,12 @@ STRIDED(strided_2, half)
 STRIDED(strided_4, word)
 STRIDED(strided_8, twice)
 
-static int innermost(const move *m, uint8_t *t, const uint8_t *s, const float *f, int looking, int stream) {
+static int innermost(const move *m, uint8_t *t, const uint8_t *s, const single *f, int looking, int stream) {
     const int64_t *dims = m->dims, *ts = m->target_strides, *ss = m->source_strides, *fs = m->factor_strides;
     int64_t count = dims[RANK - 1], size = m->itemsize;
     int past = stream && m->lines && aligned(t, 32); /* part of a line would have to be read first */
-    float *to = (float *)(void *)t;
-    const float *from = (const float *)(const void *)s;
+    single *to = (single *)(void *)t;
+    const single *from = (const single *)(const void *)s;
     int found = 0;
     if (m->kind == TILES) {
         tile k = {dims[RANK - 2], ts[RANK - 2], (const int64_t *)(uintptr_t)m->to, ss[RANK - 1]};
@@ -328,7 +332,7 @@ static int innermost(const move *m, uint8_t *t, const uint8_t *s, const float *f
 static void box(const move *m, const uint64_t *addresses, int stream) {
     uint8_t *t = (uint8_t *)(uintptr_t)addresses[m->target] + m->target_offset * m->itemsize;
     const uint8_t *s = (const uint8_t *)(uintptr_t)addresses[m->source] + m->source_offset * m->itemsize;
-    const float *f = m->factor < 0 ? NULL : (const float *)(uintptr_t)addresses[m->factor] + m->factor_offset;
+    const single *f = m->factor < 0 ? NULL : (const single *)(uintptr_t)addresses[m->factor] + m->factor_offset;
     uint8_t *flag = (uint8_t *)(uintptr_t)addresses[m->flag];
     int outer = m->kind == WALK ? RANK - 1 : RANK - 2, found = 0;
     int64_t index[RANK] = {0};

@@ -124,8 +124,8 @@ class Batcher:
         self._slots = Slots()
         written: dict[str, tuple[Unit, ...]] = {}
         carried: dict[str, dict[str, str]] = {}
-        for source, carrier in carriers.items():
-            carried.setdefault(carrier, {})[prefix + source] = f"moved:{source}"
+        for source, writer in carriers.items():
+            carried.setdefault(writer, {})[prefix + source] = f"moved:{source}"
         moved: dict[str, str] = {}  # tensor -> slot
         for name, recipe in recipes.items():
             flags = covered(recipe, dtypes, sizes, carried.get(name, {}))
@@ -154,7 +154,7 @@ class Batcher:
         self._parts = {name: _part(parts) for name, parts in written.items()}
         self._targets = {name: self._slots[_target(name)] for name in written}
         self._reads = {name: self._slots.numbers[name] for name in dtypes if name in self._slots.numbers}
-        self._programs: dict[frozenset[str], _Program] = {}
+        self._programs: dict[tuple[frozenset[str], frozenset[str]], _Program] = {}
         self._forms = {name: (dtype, sizes[name] * dtype.itemsize) for name, dtype in dtypes.items()}
         self._steady: Mapping[str, Array] = {}
         self._template: list[int] = []
@@ -214,6 +214,14 @@ class Batcher:
         header = array("q", (*program.places, table.buffer_info()[0], len(program.bounds) - 1, stream, pause, 0))
         return Ready(header, program.elements, flags, tuple(claims.values()), (program, table, tensors, targets))
 
+    def work(self, ready: Ready) -> None:
+        """Do units of a batch until none is left to begin; any number of threads may.
+
+        Native code knows addresses only: each thread that is in it holds the batch, for an interrupt may take whoever
+        waits for the threads away.
+        """
+        self.library.work(ready.address)
+
     def _address(self, name: str, flat: Array) -> int:
         dtype, nbytes = self._forms[name]
         if flat.nbytes != nbytes or (flat.dtype is not dtype and flat.dtype != dtype) or not flat.flags.c_contiguous:
@@ -236,7 +244,7 @@ class Batcher:
     def _program(self, targets: Collection[str], claims: Iterable[str]) -> _Program:
         alone = frozenset(name for name in claims if name in self._alone) if self._alone else frozenset()
         names = self.names if len(targets) == len(self.names) else frozenset(targets)
-        key = names | {f"look {name}" for name in alone} if alone else names
+        key = names, alone
         found = self._programs.get(key)
         if found is None:
             chosen = [self._parts[name] for name in sorted(names)]

@@ -266,7 +266,7 @@ class Deriver:
                 carrier = self._carried.get(name)
                 if name in seen and (carrier is None or carrier in targets):
                     claims[name] = look
-                elif carrier is not None and carrier in targets:
+                elif carrier is not None and carrier in targets and carrier in self._writers:
                     looks.setdefault(carrier, []).append((SOURCE + name, look))
                 else:
                     others += alone(look, array.size)
@@ -315,7 +315,7 @@ class Deriver:
     def _run(self, tasks: list[Task], ready: Ready | None, *, alone: bool) -> None:
         batch: list[Task] = []
         if ready is not None and self._batcher is not None:
-            batch = [(ready.elements, self._batcher.library.work, (ready.address,))]
+            batch = [(ready.elements, self._batcher.work, (ready,))]
         moved = sum(task[0] for task in batch)
         if self._pool is None or alone or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
             _do(batch + tasks)
