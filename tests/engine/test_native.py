@@ -18,12 +18,14 @@ import pytest
 
 import onnx_refit
 from onnx_refit.engine.onnxruntime import backend as backends
+from onnx_refit.errors import RefitRejectedError
 from onnx_refit.moves.library import FILE, OFF, Absent, Library, load
 from onnx_refit.plan.compile import CompileOptions, compile_model
 from onnx_refit.plan.compiled import Decision, Verdict
+from onnx_refit.refit import inspection, packet
 from onnx_refit.refit.inspection import Inspection
 
-from .zoo import model, n, weight
+from .zoo import ZOO, model, n, weight
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src/onnx_refit/moves/moves.c"
@@ -180,11 +182,45 @@ def test_weights_that_native_code_moves_but_cannot_look_at_are_kept() -> None:
     compilation = compile_model(made, CompileOptions(refittable=("q",)))
     backend = backends.create(compilation.compiled)
     kept = {"q": np.zeros_like(values)}
-    inspection = Inspection({"q": values}, kept, look=True)
-    backend.derive({**compilation.weights, "q": values}, inspector=inspection)
-    assert inspection.finish()
+    looks = Inspection({"q": values}, kept, look=True)
+    backend.derive({**compilation.weights, "q": values}, inspector=looks)
+    assert looks.finish()
     assert kept["q"].tobytes() == values.tobytes()
     backend.close()
+
+
+def masked() -> onnx.ModelProto:
+    """A weight that another one scales, and that is read as it is too."""
+    rng = np.random.default_rng(0)
+    nodes = [n("Mul", "w s", "m"), n("MatMul", "x m", "y"), n("MatMul", "x w", "z")]
+    return model(
+        nodes, [("x", ["M", 30])], [("y", None), ("z", None)], [weight(rng, "w", 30, 16), weight(rng, "s", 30, 1)]
+    )
+
+
+@pytest.mark.parametrize("name", [*ZOO, "masked"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_each_weight_of_each_model_is_looked_at_and_kept(
+    name: str, partial: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights of any size treated like large ones, which the engine looks at and copies while it moves them."""
+    monkeypatch.setattr(inspection, "_SMALL", 1)
+    monkeypatch.setattr(packet, "SMALL", 0)
+    rng = np.random.default_rng(0)
+    made = masked() if name == "masked" else ZOO[name]()[0]
+    plan = onnx_refit.build(made, options=onnx_refit.BuildOptions(engine=onnx_refit.EngineOptions(1)))
+    with onnx_refit.load(plan) as engine:
+        first = engine.weights()
+        values = {weight: np.array(first.read(weight)) for weight in engine.refittable}
+        for bad in [weight for weight, array in values.items() if array.dtype.kind == "f"]:
+            new = {bad: values[bad] / 2} if partial else {**values, bad: values[bad] / 2}
+            engine.refit(new, partial=partial)
+            now = engine.weights()
+            assert all(now.read(weight).tobytes() == array.tobytes() for weight, array in new.items()), bad
+            wrong = {weight: array.copy() for weight, array in new.items()}
+            wrong[bad].reshape(-1)[rng.integers(wrong[bad].size)] = rng.choice([np.nan, np.inf])
+            with pytest.raises(RefitRejectedError):
+                engine.refit(wrong, partial=partial)
 
 
 def test_both_ways_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
