@@ -59,6 +59,34 @@ def test_what_a_helper_raises_is_raised() -> None:
         crew.check()
 
 
+def test_an_interrupted_wait_is_waited_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun, done = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        go.wait(10)
+        done.set()
+
+    crew = Crew([(1, slow, ())])
+    helper = threading.Thread(target=crew.help)
+    helper.start()
+    assert begun.wait(10)
+    wait = threading.Condition.wait
+
+    def interrupted(self: threading.Condition, timeout: float | None = None) -> bool:
+        if not go.is_set() and self is crew._changed:
+            go.set()
+            raise KeyboardInterrupt
+        return wait(self, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", interrupted)
+    go.clear()
+    with pytest.raises(KeyboardInterrupt):
+        crew.finish()
+    assert done.is_set()
+    helper.join(10)
+
+
 @pytest.mark.parametrize("late", [True, False])
 def test_an_interrupt_while_helpers_are_called_leaves_no_writer_behind(
     late: bool, monkeypatch: pytest.MonkeyPatch

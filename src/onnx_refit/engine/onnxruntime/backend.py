@@ -80,7 +80,7 @@ class OnnxRuntimeBackend(CompiledBackend):
         own: Mapping[str, TensorSpec] = {} if self._hosts is None else self._hosts.specs
         threads = options.threads or usable_cores()
         self._crowded = threads >= usable_cores()
-        self._requests: list[None] = []  # one for each request in flight; lists grow and shrink atomically
+        self._requests: set[object] = set()  # one for each request in flight; sets grow and shrink atomically
         block = block_size()
         library = load_moves()
         self._deriver = Deriver(specialised, compiled.program.model, sources, block, threads, library)
@@ -193,15 +193,16 @@ class OnnxRuntimeBackend(CompiledBackend):
         own = _own(weights)
         if self._deadly:
             refuse_empty(self._deadly, inputs)
-        self._requests.append(None)
+        request = object()
         try:
+            self._requests.add(request)
             values = own.run(inputs)
         except EngineError as error:
             if not self._empty.concerns(error):
                 raise
             values = self._empty.run(self._plain(own.buffers), inputs)
         finally:
-            self._requests.pop()
+            self._requests.discard(request)
         results = dict(zip(self._outputs, values, strict=True))
         return results if outputs is None else {name: results[name] for name in outputs}
 

@@ -48,13 +48,19 @@ class Crew:
                 self._changed.notify_all()
 
     def finish(self) -> None:
-        """Begin no further task and wait for those in hand: none is being done once this returns."""
+        """Begin no further task and wait for those in hand: none is being done once this returns, or raises."""
+        interrupt: BaseException | None = None
         with self._changed:
             self._over = True
             for _ in self._waiting:
                 pass
             while self._busy:
-                self._changed.wait()
+                try:
+                    self._changed.wait()
+                except BaseException as error:  # noqa: BLE001  raised below: nobody may free what is being written
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def check(self) -> None:
         """Raise what a helper raised."""
