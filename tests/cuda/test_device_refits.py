@@ -426,6 +426,35 @@ def test_bound_tensors(make_model: Any, device: str, no_host: None) -> None:
         tensors[name].view(-1)[0] = float("nan")
 
 
+def test_what_was_bound_is_given_back_with_it(device: str) -> None:
+    plan = planned(mlp())
+    assert plan.weights is not None
+    tensors = there(random_like(dict(plan.weights), 20), device)
+    with loaded(plan, device) as engine:
+        bound = engine.bind(tensors)
+        engine.refit(bound)
+        known = weakref.ref(bound.known.attached)
+        del bound
+        gc.collect()
+        assert known() is None
+
+
+def test_many_refits_in_a_row_from_two_streams(device: str) -> None:
+    plan = planned(mlp())
+    assert plan.weights is not None
+    tensors = there(random_like(dict(plan.weights), 22), device)
+    streams = [None] if device == "cpu" else [None, torch.cuda.Stream(device)]
+    with loaded(plan, device) as engine:
+        bound = engine.bind(tensors)
+        for turn in range(200):
+            with torch.cuda.stream(streams[turn % len(streams)]):
+                for tensor in tensors.values():
+                    tensor.add_(1.0)
+                engine.refit(bound)
+                # At once, elsewhere: what a request on its own stream sees.
+                assert same(sources(engine), {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+
+
 def test_bound_tensors_that_are_not_finite_are_refused(device: str) -> None:
     plan = planned(mlp())
     assert plan.weights is not None

@@ -7,8 +7,7 @@ checks, files or commands: the transaction (``onnx_refit.refit``) owns those.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from onnx_refit.plan.compiled import Decision
 from onnx_refit.tensors import Array, TensorSpec
@@ -173,8 +172,7 @@ class Backend(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(NamedTuple):
     """What is being made of source weights on a backend's device; good for nothing before it is settled.
 
     Attributes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -19,6 +19,7 @@ from onnx_refit.refit.bound import BoundWeights
 from onnx_refit.refit.check import Casting, CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport, RejectReason
 from onnx_refit.refit.constants import Fixed, refuse_changed_constants
+from onnx_refit.refit.quick import frozen
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate
@@ -220,24 +221,26 @@ class InPlaceRefit:
         )
         if taken is None:
             return None
-        # All that does not depend on what the device finds is done while it works.
-        retained = self._retainer.adopt(taken.kept, base.retained) if self._kept else base.retained
-        samples = Elsewhere(taken.marks, self._sampler)
+        # All that does not depend on what the device finds is done while it works; that all weights change is likely.
+        fields = {
+            "weights": taken.weights,
+            "retained": self._retainer.adopt(taken.kept, base.retained) if self._kept else base.retained,
+            "samples": Elsewhere(taken.marks, self._sampler),
+            "base": base.number,
+            "full": len(known.names) == len(self._specs),
+            "changed": known.names,
+            "source": known.source,
+            "check": known.report,
+        }
+        candidate = frozen(Candidate, fields)
         alike = taken.settle()
         seconds["derive"] = time.perf_counter() - started
         if alike is None:
             return None
-        changed = known.names - self._equal(taken, alike, base) if alike else known.names
-        return Candidate(
-            weights=taken.weights,
-            retained=retained,
-            samples=samples,
-            base=base.number,
-            full=len(changed) == len(self._specs),
-            changed=changed,
-            source=known.source,
-            check=known.report,
-        )
+        if not alike:
+            return candidate
+        changed = known.names - self._equal(taken, alike, base)
+        return replace(candidate, changed=changed, full=len(changed) == len(self._specs))
 
     def _equal(self, taken: Taken, alike: Sequence[str], base: Version) -> frozenset[str]:
         """The weights that have the very bits they have now, among those that may."""

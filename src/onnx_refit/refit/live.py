@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from types import TracebackType
 
 from onnx_refit.engine.protocol import Backend, FullSpeed, WeightSet
@@ -23,8 +22,8 @@ from onnx_refit.refit.inputs import InputChecker
 from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
 from onnx_refit.refit.report import Account, RefitReport
 from onnx_refit.refit.timing import timed
-from onnx_refit.refit.transaction import Staged
-from onnx_refit.refit.versions import Version, VersionInfo, VersionList, VersionTable
+from onnx_refit.refit.transaction import Candidate, Staged
+from onnx_refit.refit.versions import VersionInfo, VersionList, VersionTable
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.fingerprint import fingerprint
@@ -219,19 +218,24 @@ class Engine:
             EngineError: the derivation failed.
             In every case the engine keeps serving the weights it had.
         """
+        seconds: dict[str, float] = {}
+        return Staged(self, self._candidate(source, options, partial, seconds), seconds)
+
+    def _candidate(
+        self, source: WeightsLike, options: CheckOptions | None, partial: bool, seconds: dict[str, float]
+    ) -> Candidate:
         if partial:
             options = replace(options or CheckOptions(), partial=True)
         with self._staging:
             self._require_open()
-            seconds: dict[str, float] = {}
             again = self._derivation.in_place.again(source, options, self._versions.current, seconds)
             if again is not None:
-                return Staged(self, again, seconds)
+                return again
             plain, options = unbound(source, options)
             with timed(seconds, "open"):
                 opened, view = self._open(plain)
             try:
-                return Staged(self, self._derivation.candidate(self._versions.current, view, options, seconds), seconds)
+                return self._derivation.candidate(self._versions.current, view, options, seconds)
             finally:
                 if opened is not plain:
                     opened.close()
@@ -278,17 +282,18 @@ class Engine:
             WeightsError, RefitRejectedError, CanaryError, EngineError: nothing was published; the engine keeps
                 serving the weights it had.
         """
-        staged = self.stage(source, options, partial=partial)
-        try:
-            if canary is not None:
-                staged.canary(canary)
+        if canary is None:  # then nobody sees it staged
+            seconds: dict[str, float] = {}
+            return self._publish(self._candidate(source, options, partial, seconds), seconds)
+        with self.stage(source, options, partial=partial) as staged:
+            staged.canary(canary)
             return staged.commit()
-        finally:
-            staged.discard()
 
     def publish(self, staged: Staged) -> RefitReport:
         """Publish a staged refit of this engine; called by ``Staged.commit``, which documents it."""
-        candidate, seconds = staged.candidate, staged.seconds
+        return self._publish(staged.candidate, staged.seconds)
+
+    def _publish(self, candidate: Candidate, seconds: dict[str, float]) -> RefitReport:
         with self._lock:
             self._require_open()
             before = self._versions.current
@@ -304,17 +309,7 @@ class Engine:
             number = self._ledger.commit(candidate.changed, staged_weights, None if candidate.full else candidate.base)
             stored = time.perf_counter()
             try:
-                version = Version(
-                    number=number,
-                    weights=candidate.weights,
-                    retained=candidate.retained,
-                    samples=candidate.samples,
-                    source=candidate.source,
-                    parent=candidate.base,
-                    changed=candidate.changed,
-                    committed=datetime.now(UTC),
-                )
-                self._versions.publish(version)
+                self._versions.publish(candidate.version(number))
             except BaseException:
                 # Interrupted between the two: what is written down must be what answers.
                 if self._versions.current is before:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from onnx_refit.engine.protocol import FullSpeed
 from onnx_refit.refit.check_report import CheckReport
+from onnx_refit.refit.quick import frozen
 from onnx_refit.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -150,14 +151,15 @@ class Account:
         """What a candidate did that is now the version of this number."""
         specs, changed = self._specs, candidate.changed
         every = len(changed) == len(specs)
-        return RefitReport(
-            version=number,
-            previous=previous,
-            source=candidate.source,
-            changed=self._every if every else tuple(sorted(changed, key=self._places.__getitem__)),
-            unchanged=() if every else Others(self._every, changed),
-            nbytes=self._nbytes if every else sum(specs[name].nbytes for name in changed),
-            seconds=seconds,
-            full_speed=candidate.weights.full_speed,
-            check=candidate.check,
-        )
+        fields = {
+            "version": number,
+            "previous": previous,
+            "source": candidate.source,
+            "changed": self._every if every else tuple(sorted(changed, key=self._places.__getitem__)),
+            "unchanged": () if every else Others(self._every, changed),
+            "nbytes": self._nbytes if every else sum(specs[name].nbytes for name in changed),
+            "seconds": seconds,
+            "full_speed": candidate.weights.full_speed,
+            "check": candidate.check,
+        }
+        return frozen(RefitReport, fields)

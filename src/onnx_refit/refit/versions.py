@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -112,7 +113,7 @@ class VersionTable:
     keep: int
     current: Version
     _held: dict[int, Version] = field(default_factory=dict)
-    _infos: dict[int, _Told] = field(default_factory=dict)
+    _infos: OrderedDict[int, _Told] = field(default_factory=OrderedDict)  # whose oldest is found at once
     _order: list[int] = field(default_factory=list)
     _newest: int = 0
 
@@ -123,10 +124,8 @@ class VersionTable:
         """Make a version current and forget the oldest beyond ``keep``."""
         self._remember(version)
         self.current = version
-        while len(self._order) > self.keep:
-            oldest = next(number for number in self._order if number != version.number)
-            self._order.remove(oldest)
-            del self._held[oldest]
+        while len(self._order) > self.keep:  # at least one, and this version is the last
+            del self._held[self._order.pop(0)]
 
     def get(self, number: int) -> Version:
         """A version still held; VersionError for one that is not."""

@@ -92,6 +92,7 @@ class Attached:
         names: those weights.
         rounding: whether casts may round.
         dense: whether kernels can read all of them as they lie.
+        held: whether their memory stays readable, whatever becomes of the tensors.
         pointers: the address of each weight's first element; 0 for a computed one.
         form: of all tensors.
 
@@ -108,6 +109,7 @@ class Attached:
         self.rounding = rounding
         self.dense = all(one.dense for one in lying)
         self.form = Form(tensors)
+        self.held = False
         self._storages: list[object] = []
         self._keys = tuple(keys)
         self._parted: tuple[frozenset[str] | None, tuple[Form, Form]] | None = None
@@ -116,14 +118,10 @@ class Attached:
             0 if one.tensor is None else addresses[one.tensor] + one.offset * one.dtype.itemsize for one in lying
         ]
 
-    @property
-    def held(self) -> bool:
-        """Whether their memory stays readable, whatever becomes of the tensors."""
-        return bool(self._storages)
-
     def hold(self, tensors: Sequence[Tensor]) -> None:
         """Keep the memory of these very tensors from being given back."""
         self._storages = [tensor.untyped_storage() for tensor in tensors]
+        self.held = bool(self._storages)
 
     def parted(self, first: frozenset[str], tensors: Sequence[Tensor]) -> tuple[Form, Form]:
         """The form of the tensors that some weights lie in, and of all others.

@@ -69,6 +69,7 @@ class CudaBackend(CompiledBackend):
         }
         self._taker = Taker(compiled, self._layout, self._filler, self.device, self._real, self._recoverable)
         self._refits = threading.Lock()
+        self._index: int | None = self.device.index if self.device.type == "cuda" else None
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -187,7 +188,7 @@ class CudaBackend(CompiledBackend):
         return CudaWeightSet(arena, places, shared)
 
     def _is_current(self) -> bool:
-        return self.device.type != "cuda" or bool(torch._C._cuda_getDevice() == self.device.index)
+        return self._index is None or bool(torch._C._cuda_getDevice() == self._index)
 
     def adopt(self, other: CudaWeightSet, base: CudaWeightSet | None = None) -> CudaWeightSet:
         """A copy of another device's weight set (the same model and options), straight from device to device.

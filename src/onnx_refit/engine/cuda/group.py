@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,15 +125,15 @@ class CudaGroup:
         alike = None if taken is None else taken.settle()
         if taken is None or alike is None:
             return None
-        taken = replace(taken, settle=lambda: alike)
+        taken = taken._replace(settle=lambda: alike)
         first = own(taken.weights)
         if not first.shared_nbytes:
-            return replace(taken, weights=GroupWeightSet(self._broadcast(first) or self._passed_on(first)))
+            return taken._replace(weights=GroupWeightSet(self._broadcast(first) or self._passed_on(first)))
         jobs = [
             self._pool.submit(member.adopt, first, held)
             for member, held in zip(self._members[1:], bases[1:], strict=True)
         ]
-        return replace(taken, weights=GroupWeightSet([first, *_all(jobs)]))
+        return taken._replace(weights=GroupWeightSet([first, *_all(jobs)]))
 
     def equal(
         self, names: Sequence[str], left: tuple[WeightSet, Holder], right: tuple[WeightSet, Holder]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import struct
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from onnx_refit.errors import MissingExtraError
+
+_BESIDE = -1
 
 
 @cache
@@ -89,7 +92,8 @@ class Prepared:
         self._values[: len(fixed)] = fixed
         begin = self._values.ctypes.data
         self._places = np.array([begin + 8 * place for place in range(len(self._values))], np.uint64)
-        self._others = memoryview(self._values)[len(fixed) :]  # type: ignore[arg-type]
+        self._others = memoryview(self._values).cast("B")[8 * len(fixed) :]  # type: ignore[arg-type]
+        self._write = struct.Struct(f"{others}Q").pack_into
         launcher = getattr(_cupy().cuda.driver, "launchKernel", None)
         self._pointer = getattr(function, "ptr", None)
         self._launcher = launcher if self._pointer is not None else None
@@ -100,13 +104,12 @@ class Prepared:
         if self._launcher is None:
             launch(self._function, self._device, (self._grid,), (self._block,), (*self._fixed, *others))
             return
-        for place, value in enumerate(others):
-            self._others[place] = value
+        self._write(self._others, 0, *others)
         self._launcher(self._pointer, self._grid, 1, 1, self._block, 1, 1, 0, stream, self._parameters, 0)
 
 
 class Beside:
-    """A second stream of the current device, for small kernels beside a large one.
+    """A second stream of the current device, for small kernels beside a large one; requests go before both.
 
     Args:
         device: the GPU.
@@ -117,19 +120,28 @@ class Beside:
 
     def __init__(self, device: Any) -> None:
         cupy = _cupy()
-        self._own = torch.cuda.Stream(device)
+        # Small kernels go before what the large one has not begun: else they would only run in its end.
+        self._own = torch.cuda.Stream(device, priority=_BESIDE)
         self.stream: int = self._own.cuda_stream
         with cupy.cuda.Device(device.index):
             self._event = cupy.cuda.Event(disable_timing=True)
         self._runtime = cupy.cuda.runtime
+        self._busy = False
 
     def mark(self, stream: int) -> None:
         """Note what is enqueued on a stream so far."""
+        self._busy = True
         self._runtime.eventRecord(self._event.ptr, stream)
 
     def follow(self) -> None:
         """Wait, on the second stream, for what was noted."""
         self._runtime.streamWaitEvent(self.stream, self._event.ptr)
+
+    def wait(self) -> None:
+        """Wait for the second stream, where anything was enqueued on it."""
+        if self._busy:
+            self._runtime.streamSynchronize(self.stream)
+            self._busy = False
 
 
 def current_stream(device: Any) -> int:

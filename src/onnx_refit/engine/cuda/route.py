@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,8 +138,9 @@ class Route:
         self._alive: list[object] = []
         self._narrows = any(cast for slots in sinks.values() for _, cast in slots)
         self._casts = False
-        self._conversions: tuple[Attached, Conversions] | None = None
-        self._known: tuple[Attached | None, Sequence[int]] = (None, ())
+        # Neither keeps memory that was bound.
+        self._conversions: tuple[weakref.ref[Attached], Conversions] | None = None
+        self._known: tuple[weakref.ref[Attached], Sequence[int]] | None = None
 
     def enqueue(
         self,
@@ -201,15 +203,15 @@ class Route:
             self._fill(attached, tensors, dense, arena, filler)
 
     def _pointers(self, attached: Attached) -> Sequence[int]:
-        if self._known[0] is not attached:
+        if self._known is None or self._known[0]() is not attached:
             known = dict(zip(attached.names, attached.pointers, strict=True))
-            self._known = attached, [known[name] for name in self._sources]
+            self._known = weakref.ref(attached), [known[name] for name in self._sources]
         return self._known[1]
 
     def _convert(self, attached: Attached, tensors: Sequence[Any]) -> Made:
-        if self._conversions is None or self._conversions[0] is not attached:
-            self._conversions = attached, Conversions(attached, self._specs, self._device)
-        made = self._conversions[1].enqueue(tensors, self._found.data_ptr())
+        if self._conversions is None or self._conversions[0]() is not attached:
+            self._conversions = weakref.ref(attached), Conversions(attached, self._specs, self._device)
+        made = self._conversions[1].enqueue(attached, tensors, self._found.data_ptr())
         self._alive = [made]
         return made
 
@@ -302,7 +304,7 @@ class Conversions:
     """
 
     def __init__(self, attached: Attached, specs: Mapping[str, TensorSpec], device: Any) -> None:
-        self._device, self._attached = device, attached
+        self._device = device
         self._views = [one for one in attached.lying if not one.dense and one.tensor is not None]
         self._computed = [one for one in attached.lying if one.tensor is None]
         self._layout = Layout([specs[one.name] for one in self._views], torch.float32)
@@ -325,10 +327,11 @@ class Conversions:
         self._pointers = [pointers[one.name] for one in self._views]
         self._kernel = kernels.kernel(_FILES, "convert", device.index)
 
-    def enqueue(self, tensors: Sequence[Any], found: int) -> Made:
+    def enqueue(self, attached: Attached, tensors: Sequence[Any], found: int) -> Made:
         """Enqueue it all; what is made must be held until it was read.
 
         Args:
+            attached: the weights.
             tensors: what the weights lie in.
             found: the address of what kernels say.
         """
@@ -338,10 +341,10 @@ class Conversions:
         if self._count:
             self._addresses.note(self._pointers)
             tables = (self._addresses.address, self._rows.data_ptr(), self._stretches.data_ptr())
-            arguments = (*tables, begin, int(self._attached.rounding), found)
+            arguments = (*tables, begin, int(attached.rounding), found)
             kernels.launch(self._kernel, self._device, (self._count,), (_THREADS,), arguments)
         with torch.no_grad():
-            computed = {one.name: self._attached.value(one, tensors) for one in self._computed}
+            computed = {one.name: attached.value(one, tensors) for one in self._computed}
         return Made(arena, computed, addresses | {name: value.data_ptr() for name, value in computed.items()})
 
 

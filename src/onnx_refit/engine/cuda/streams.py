@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_HIGH = -1  # requests go before the copies of a refit where both want the device
+_HIGH = -2  # requests go before what a refit does where both want the device
 
 
 @contextmanager

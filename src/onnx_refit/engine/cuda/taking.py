@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,15 @@ class Wanted:
     first: frozenset[str]
 
 
+@dataclass(frozen=True)
+class _Last:
+    """Tensors, and what is looked up of them; it keeps no tensor's memory."""
+
+    attached: weakref.ref[Attached]
+    wanted: Wanted
+    routes: tuple[Route, ...]
+
+
 class Taker:
     """Takes source weights that lie on one device. Not thread-safe: refits come one at a time.
 
@@ -87,6 +97,7 @@ class Taker:
         self._wanted: OrderedDict[tuple[str, ...], Wanted] = OrderedDict()
         self._routes: OrderedDict[tuple[str, ...], tuple[Route, ...]] = OrderedDict()
         self._comparison: Comparison | None = None  # that of the last refit: what is frozen stays frozen
+        self._last: _Last | None = None
         self._unsettled = False
         self._beside: Any = kernels.Beside(device) if self._kernels else None
         self._nothing = Arena(Layout([], torch.float32), device)
@@ -105,10 +116,13 @@ class Taker:
         look: bool,
     ) -> Taken | None:
         """See ``InPlace.take``."""
-        wanted = self._wanted.get(attached.names) or self._want(attached.names)
         if positions is not self._positions:
             self._positions, self._places = positions, Places(self._specs, positions, self._device)
             self._routes.clear()
+            self._last = None
+        last = self._last
+        # Names are looked up when other tensors come: hundreds of them take microseconds.
+        wanted = last.wanted if last is not None and last.attached() is attached else self._prepare(attached).wanted
         places = self._places
         assert places is not None
         marks = before if type(before) is Marks and before.places is places else marks_of(before, places)
@@ -119,10 +133,9 @@ class Taker:
         if not wanted.whole:
             now.there.copy_(old)
         others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
-        kept = PutAside(aside, self._specs)
         if not self._kernels:
             alike = self._one_by_one(attached, tensors, wanted, others, arena, aside, old, now.there, look=look)
-            return Taken(self._made(wanted, base, arena), kept, now, lambda: alike)
+            return Taken(self._made(wanted, base, arena), PutAside(aside, self._specs), now, lambda: alike)
         stream = kernels.current_stream(self._device)
         if self._unsettled:
             self._wait(stream)
@@ -136,7 +149,7 @@ class Taker:
             self._wait(stream)
             return None
         settle = partial(self._settle, stream, attached, tensors, routes, look, marks)
-        return Taken(self._made(wanted, base, arena), kept, now, settle)
+        return Taken(self._made(wanted, base, arena), PutAside(aside, self._specs), now, settle)
 
     def _settle(
         self,
@@ -163,7 +176,7 @@ class Taker:
     def _wait(self, stream: int) -> None:
         """Wait for everything; on the current device."""
         kernels.wait(stream)
-        kernels.wait(self._beside.stream)
+        self._beside.wait()
 
     def _made(self, wanted: Wanted, base: CudaWeightSet, arena: Arena) -> CudaWeightSet:
         if wanted.layout is self._layout:
@@ -188,17 +201,28 @@ class Taker:
         Nothing is read before it is known to be there. Where somebody holds the memory it is, and the tensors are
         looked at later; else a few large weights are looked at first, and all others while these are on their way.
         """
-        routes = self._routes.get(attached.names) or self._route(wanted)
-        held = attached.held
-        parted = len(routes) > 1 and attached.dense and not held
+        last = self._last
+        assert last is not None
+        routes, before, after = last.routes, old.data_ptr(), new.data_ptr()
+        if attached.held:
+            routes[0].enqueue(stream, attached, tensors, others, arena, aside, before, after, self._filler)
+            return routes[:1]
+        parted = len(routes) > 1 and attached.dense
         forms = attached.parted(wanted.first, tensors) if parted else (attached.form,)
         chosen = routes[1:] if parted else routes[:1]
-        before, after = old.data_ptr(), new.data_ptr()
         for route, form in zip(chosen, forms, strict=True):
-            if not held and not form.same(tensors):
+            if not form.same(tensors):
                 return ()
             route.enqueue(stream, attached, tensors, others, arena, aside, before, after, self._filler)
         return chosen
+
+    def _prepare(self, attached: Attached) -> _Last:
+        """What is looked up of tensors when they are not those of the refit before."""
+        names = attached.names
+        wanted = self._wanted.get(names) or self._want(names)
+        routes = (self._routes.get(names) or self._route(wanted)) if self._kernels else ()
+        self._last = _Last(weakref.ref(attached), wanted, routes)
+        return self._last
 
     def _want(self, given: tuple[str, ...]) -> Wanted:
         program, kept = self._compiled.program, self._specs.keys() - self._recoverable.keys()
