@@ -90,7 +90,7 @@ def test_the_whole_way_by_mouse(running, opened, weights):
     assert running.infer() == (1.0, 1)
 
 
-def test_rejected_weights_show_their_report(opened, tmp_path):
+def test_rejected_weights_show_their_report(running, opened, weights, tmp_path):
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -102,6 +102,13 @@ def test_rejected_weights_show_their_report(opened, tmp_path):
     playwright.expect(page.locator("#staged")).to_contain_text("rejected")
     playwright.expect(page.locator("#staged")).to_contain_text("nearest: bias")
     shot(page, "rejected")
+    RefitClient(running.url, TOKEN).stage("affine", weights(2))
+    playwright.expect(page.locator("#staged .card")).to_have_count(1)
+    assert "nearest: bias" in page.locator("#staged").inner_text(), "news from others must not take the report away"
+    page.locator("#file").set_input_files(weights(3))
+    page.get_by_role("button", name="Upload and stage").click()
+    playwright.expect(page.locator("#staged .card")).to_have_count(2)
+    playwright.expect(page.locator("#staged")).not_to_contain_text("nearest: bias")
 
 
 def test_by_keyboard_alone_on_a_phone(running, opened, weights):
