@@ -23,7 +23,7 @@ STEPS = (
     "onnx_refit.refit.derivation.check",
     "onnx_refit.refit.derivation.unchanged",
     "onnx_refit.refit.transaction.run_canary",
-    "onnx_refit.refit.transaction.frozen",
+    "onnx_refit.refit.publishing.frozen",
 )
 
 

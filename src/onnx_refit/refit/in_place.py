@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from onnx_refit.engine.protocol import Backend, InPlace, Taken
 from onnx_refit.errors import RefitError
@@ -59,6 +60,19 @@ class Known:
     steady: bool
 
 
+class Pending(NamedTuple):
+    """A candidate that a device is making.
+
+    Attributes:
+        candidate: what it is if all weights change, as is likely; good for nothing before it is settled.
+        settle: waits, once, before another one is begun. It gives the candidate, the same object where all weights
+            change; None where something about the weights has to be said, or where the tensors are others.
+    """
+
+    candidate: Candidate
+    settle: Callable[[], Candidate | None]
+
+
 class InPlaceRefit:
     """Makes candidates of weights that lie on the backend's device; leaves all others alone.
 
@@ -92,8 +106,8 @@ class InPlaceRefit:
 
     def again(
         self, source: object, options: CheckOptions | None, base: Version, seconds: dict[str, float]
-    ) -> Candidate | None:
-        """The candidate of tensors that were looked at before; None where these are others, or something is wrong.
+    ) -> Pending | None:
+        """The candidate of tensors that were looked at before, on its way; None where these are others.
 
         Args:
             source: what the caller gave.
@@ -109,7 +123,7 @@ class InPlaceRefit:
         started = time.perf_counter()
         found = self._recognised(source, options)
         seconds["open"] = time.perf_counter() - started
-        return None if found is None else self._candidate(*found, base, seconds)
+        return None if found is None else self._begin(*found, base, seconds)
 
     def _recognised(self, source: object, options: CheckOptions | None) -> tuple[Known, Sequence[object]] | None:
         if type(source) is BoundWeights:
@@ -165,7 +179,8 @@ class InPlaceRefit:
             origin = None if known is None else origin_of(given)
         if known is None or origin is None:
             return None
-        found = self._candidate(known, known.pick(origin.tensors), base, seconds)
+        pending = self._begin(known, known.pick(origin.tensors), base, seconds)
+        found = None if pending is None else pending.settle()
         if found is not None and known.steady:
             self._last = known
         return found
@@ -205,9 +220,9 @@ class InPlaceRefit:
             steady=origin.steady and not told,
         )
 
-    def _candidate(
+    def _begin(
         self, known: Known, tensors: Sequence[object], base: Version, seconds: dict[str, float]
-    ) -> Candidate | None:
+    ) -> Pending | None:
         assert self._device is not None
         started = time.perf_counter()
         taken = self._device.take(
@@ -233,13 +248,16 @@ class InPlaceRefit:
             "check": known.report,
         }
         candidate = frozen(Candidate, fields)
+        return Pending(candidate, partial(self._settle, candidate, taken, base, started, seconds))
+
+    def _settle(
+        self, candidate: Candidate, taken: Taken, base: Version, started: float, seconds: dict[str, float]
+    ) -> Candidate | None:
         alike = taken.settle()
         seconds["derive"] = time.perf_counter() - started
-        if alike is None:
-            return None
         if not alike:
-            return candidate
-        changed = known.names - self._equal(taken, alike, base)
+            return None if alike is None else candidate
+        changed = candidate.changed - self._equal(taken, alike, base)
         return replace(candidate, changed=changed, full=len(changed) == len(self._specs))
 
     def _equal(self, taken: Taken, alike: Sequence[str], base: Version) -> frozenset[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -20,6 +19,7 @@ from onnx_refit.refit.derivation import Derivation
 from onnx_refit.refit.earlier import Earlier
 from onnx_refit.refit.inputs import InputChecker
 from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
+from onnx_refit.refit.publishing import Publisher, Ready
 from onnx_refit.refit.report import Account, RefitReport
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.transaction import Candidate, Staged
@@ -78,11 +78,11 @@ class Engine:
         self._lock = threading.RLock()
         self._staging = threading.RLock()
         self._closed = False
-        self._account = Account(plan.refittable)
         self._ledger = ledger if ledger is not None else MemoryLedger()
         first = self._derivation.version(weights, source)
         self._versions = VersionTable(keep, replace(first, number=self._ledger.first(weights, source)))
         self._earlier = Earlier(self._versions, self._ledger, self._derivation, plan.refittable)
+        self._publisher = Publisher(self._versions, self._ledger, self._derivation, Account(plan.refittable))
 
     # ------------------------------------------------------------------ what it is
 
@@ -224,21 +224,23 @@ class Engine:
     def _candidate(
         self, source: WeightsLike, options: CheckOptions | None, partial: bool, seconds: dict[str, float]
     ) -> Candidate:
-        if partial:
-            options = replace(options or CheckOptions(), partial=True)
+        options = _partly(options, partial)
         with self._staging:
             self._require_open()
-            again = self._derivation.in_place.again(source, options, self._versions.current, seconds)
-            if again is not None:
-                return again
-            plain, options = unbound(source, options)
-            with timed(seconds, "open"):
-                opened, view = self._open(plain)
-            try:
-                return self._derivation.candidate(self._versions.current, view, options, seconds)
-            finally:
-                if opened is not plain:
-                    opened.close()
+            pending = self._derivation.in_place.again(source, options, self._versions.current, seconds)
+            found = None if pending is None else pending.settle()
+            return self._looked_at(source, options, seconds) if found is None else found
+
+    def _looked_at(self, source: WeightsLike, options: CheckOptions | None, seconds: dict[str, float]) -> Candidate:
+        """The candidate of weights that are not those of a refit before; under the lock of staging."""
+        plain, options = unbound(source, options)
+        with timed(seconds, "open"):
+            opened, view = self._open(plain)
+        try:
+            return self._derivation.candidate(self._versions.current, view, options, seconds)
+        finally:
+            if opened is not plain:
+                opened.close()
 
     def _open(self, source: WeightsLike) -> tuple[WeightSource, WeightSource]:
         """The weights as they are and in the plan's names; RefitError if the plan has none."""
@@ -283,8 +285,7 @@ class Engine:
                 serving the weights it had.
         """
         if canary is None:  # then nobody sees it staged
-            seconds: dict[str, float] = {}
-            return self._publish(self._candidate(source, options, partial, seconds), seconds)
+            return self._refit(source, _partly(options, partial), {})
         with self.stage(source, options, partial=partial) as staged:
             staged.canary(canary)
             return staged.commit()
@@ -293,30 +294,22 @@ class Engine:
         """Publish a staged refit of this engine; called by ``Staged.commit``, which documents it."""
         return self._publish(staged.candidate, staged.seconds)
 
-    def _publish(self, candidate: Candidate, seconds: dict[str, float]) -> RefitReport:
+    def _refit(self, source: WeightsLike, options: CheckOptions | None, seconds: dict[str, float]) -> RefitReport:
+        """Stage and publish at once. Where a device makes the candidate, all else is made while it works."""
+        with self._staging:
+            self._require_open()
+            pending = self._derivation.in_place.again(source, options, self._versions.current, seconds)
+            if pending is not None:
+                ready = self._publisher.ready(pending.candidate)
+                candidate = pending.settle()
+                if candidate is not None:
+                    return self._publish(candidate, seconds, ready if candidate is pending.candidate else None)
+            return self._publish(self._looked_at(source, options, seconds), seconds)
+
+    def _publish(self, candidate: Candidate, seconds: dict[str, float], ready: Ready | None = None) -> RefitReport:
         with self._lock:
             self._require_open()
-            before = self._versions.current
-            if candidate.base != before.number and not candidate.full:
-                raise RefitError(
-                    f"the weights were staged on version {candidate.base}, but version {before.number} was committed "
-                    "since, and they replace only a part",
-                    hint="Stage them again",
-                )
-            started = time.perf_counter()
-            # Read back from the staged set: the caller's arrays may have changed since they were checked.
-            staged_weights = self._derivation.weights_of(candidate)
-            number = self._ledger.commit(candidate.changed, staged_weights, None if candidate.full else candidate.base)
-            stored = time.perf_counter()
-            try:
-                self._versions.publish(candidate.version(number))
-            except BaseException:
-                # Interrupted between the two: what is written down must be what answers.
-                if self._versions.current is before:
-                    self._ledger.rollback(before.number)
-                raise
-        seconds["store"], seconds["commit"] = stored - started, time.perf_counter() - stored
-        return self._account.report(candidate, number, before.number, seconds)
+            return self._publisher.publish(candidate, seconds, ready)
 
     def rollback(self, to: int | None = None) -> RefitReport:
         """Publish an earlier version again, with its own number: bit for bit the weights it had.
@@ -391,3 +384,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _partly(options: CheckOptions | None, partial: bool) -> CheckOptions | None:
+    return replace(options or CheckOptions(), partial=True) if partial else options

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 from onnx_refit.engine.protocol import FullSpeed
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.refit.quick import frozen
 from onnx_refit.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -147,19 +146,15 @@ class Account:
         self._places = {name: place for place, name in enumerate(self._every)}
         self._nbytes = sum(spec.nbytes for spec in specs.values())
 
-    def report(self, candidate: Candidate, number: int, previous: int, seconds: Mapping[str, float]) -> RefitReport:
-        """What a candidate did that is now the version of this number."""
+    def fields(self, candidate: Candidate) -> dict[str, Any]:
+        """The fields of the report of a candidate's commit, but the numbers of versions and the seconds."""
         specs, changed = self._specs, candidate.changed
         every = len(changed) == len(specs)
-        fields = {
-            "version": number,
-            "previous": previous,
+        return {
             "source": candidate.source,
             "changed": self._every if every else tuple(sorted(changed, key=self._places.__getitem__)),
             "unchanged": () if every else Others(self._every, changed),
             "nbytes": self._nbytes if every else sum(specs[name].nbytes for name in changed),
-            "seconds": seconds,
             "full_speed": candidate.weights.full_speed,
             "check": candidate.check,
         }
-        return frozen(RefitReport, fields)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import CanaryError, RefitError
 from onnx_refit.refit.canary import Canary, CanaryResult, run_canary
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.refit.quick import frozen
 from onnx_refit.refit.retain import Kept
 from onnx_refit.refit.unchanged import Samples
-from onnx_refit.refit.versions import Version
 from onnx_refit.tensors import Array
 
 if TYPE_CHECKING:
@@ -56,19 +53,16 @@ class Candidate:
     source: str
     check: CheckReport
 
-    def version(self, number: int) -> Version:
-        """The version that this is from now on."""
-        fields = {
-            "number": number,
+    def fields(self) -> dict[str, Any]:
+        """The fields of the version that this becomes, but its number and its time."""
+        return {
             "weights": self.weights,
             "retained": self.retained,
             "samples": self.samples,
             "source": self.source,
             "parent": self.base,
             "changed": self.changed,
-            "committed": datetime.now(UTC),
         }
-        return frozen(Version, fields)
 
 
 @dataclass(repr=False)

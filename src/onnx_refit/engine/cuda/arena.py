@@ -51,9 +51,12 @@ class Layout:
         real: the dtype that stands for float32.
         plain: those that are views of source weights.
         together: groups of weights that are read as one matrix: each group lies without gaps where sizes allow it.
+        last: weights that lie behind all others, unless they are in a group with some of those.
 
     Attributes:
         slots: name -> where it lies.
+        behind: the weights that lie behind all others.
+        stem: bytes of these others, with the gaps between them.
         payload: bytes of all slots.
         nbytes: the same with the gaps between them.
     """
@@ -64,14 +67,21 @@ class Layout:
         real: Any,
         plain: Mapping[str, Plain] | None = None,
         together: Sequence[Sequence[str]] = (),
+        last: Collection[str] = (),
     ) -> None:
         known = {spec.name: spec for spec in specs}
         views = plain or {}
         self._real, self._views = real, views
         slots: dict[str, Slot] = {}
         end = 0
-        for names in _ordered(known, together):
+        groups, later = _ordered(known, together), frozenset(last)
+        front = [names for names in groups if not later.issuperset(names)]
+        behind = [names for names in groups if later.issuperset(names)]
+        self.behind = frozenset(name for names in behind for name in names)
+        stem: int | None = None
+        for turn, names in enumerate([*front, *behind]):
             end = _aligned(end, ALIGNMENT)
+            stem = end if turn == len(front) else stem
             for name in names:
                 spec = known[name]
                 dtype = torch_dtype(spec.dtype, name)
@@ -86,6 +96,7 @@ class Layout:
         self.slots: Mapping[str, Slot] = slots
         self.payload = sum(slot.nbytes for slot in slots.values())
         self.nbytes = _aligned(end, ALIGNMENT)
+        self.stem = self.nbytes if stem is None else stem
 
     @cached_property
     def plain(self) -> tuple[Slot, ...]:
@@ -119,22 +130,38 @@ class Arena:
     Attributes:
         serial: a number that no other arena of the process has: an address may be used again, this is not.
         layout: what lies where.
-        storage: the bytes, uint8 [layout.nbytes] on the device.
+        storage: uint8 on the device, where the bytes are; ``[layout.nbytes]`` unless they share it with others.
+        begin: where they begin in it, in bytes.
+
+    Args:
+        layout: see above.
+        device: where.
+        storage: see above; None for memory of its own.
+        begin: see above.
     """
 
-    def __init__(self, layout: Layout, device: Any) -> None:
+    def __init__(self, layout: Layout, device: Any, storage: Tensor | None = None, begin: int = 0) -> None:
         self.serial = next(_serials)
         self.layout = layout
-        self.storage: Tensor = torch.empty(max(1, layout.nbytes), dtype=torch.uint8, device=device)
+        self.storage: Tensor = (
+            torch.empty(max(1, layout.nbytes), dtype=torch.uint8, device=device) if storage is None else storage
+        )
+        self.begin = begin
+
+    @property
+    def pointer(self) -> int:
+        """The address of its first byte, on the device."""
+        return int(self.storage.data_ptr()) + self.begin
 
     def address(self, name: str) -> int:
         """Of a slot, on the device."""
-        return int(self.storage.data_ptr()) + self.layout.slots[name].offset
+        return self.pointer + self.layout.slots[name].offset
 
     def raw(self, name: str) -> Tensor:
         """The elements of a slot as they lie, [elements]."""
         slot = self.layout.slots[name]
-        return self.storage[slot.offset : slot.offset + slot.nbytes].view(slot.dtype)
+        begin = self.begin + slot.offset
+        return self.storage[begin : begin + slot.nbytes].view(slot.dtype)
 
     def view(self, name: str) -> Tensor:
         """An engine weight, of the slot's dtype and the engine weight's shape."""
@@ -148,12 +175,21 @@ class Arena:
         """Name -> engine weight; made when first asked for, which most refits never do."""
         return {name: self.view(name) for name in self.layout.slots}
 
+    @property
+    def later(self) -> frozenset[str]:
+        """Those of its weights that are not there yet; ``finish`` makes them."""
+        return frozenset()
+
+    def finish(self, target: Arena) -> None:
+        """Enqueue what makes them in another arena of the same layout, on the current stream."""
+
 
 class LiveArena:
     """The arena that recorded graphs read: they hold addresses, so new weights are copied to where the old ones lie.
 
     A copy is enqueued on the stream of the inferences, between two of them: each sees one version whole, and nothing
-    waits. Not thread-safe: the runner's lock guards it.
+    waits. What a refit left to be computed is computed there instead of copied. Not thread-safe: the runner's lock
+    guards it.
     """
 
     def __init__(self, layout: Layout, device: Any) -> None:
@@ -167,10 +203,10 @@ class LiveArena:
         return self.arena.views
 
     def switch(self, places: Mapping[str, Arena]) -> int:
-        """Enqueue copies of what differs from what lies here; returns the bytes.
+        """Enqueue what makes everything that lies here that of other arenas; returns the bytes written.
 
         Args:
-            places: engine weight name -> the arena that holds it.
+            places: engine weight name -> the arena that holds it, of this arena's layout or of a part of it.
         """
         stale = [name for name, arena in places.items() if self._holds.get(name) != arena.serial]
         if not stale:
@@ -181,14 +217,36 @@ class LiveArena:
                 # A set may be freed while its copy is still queued: its memory must not be given away before that.
                 arena.storage.record_stream(torch.cuda.current_stream(self.arena.storage.device))
         whole = next(iter(sources.values()))
-        if len(stale) == len(places) and len(sources) == 1 and whole.layout is self.arena.layout:
-            self.arena.storage.copy_(whole.storage, non_blocking=True)
-            nbytes = self.arena.layout.nbytes
+        layout = self.arena.layout
+        if len(stale) == len(places) and len(sources) == 1 and whole.layout is layout:
+            nbytes = layout.nbytes
+            self._copy_whole(whole)
         else:
-            torch._foreach_copy_(
-                [self.arena.raw(name) for name in stale], [places[name].raw(name) for name in stale], non_blocking=True
-            )
-            nbytes = sum(self.arena.layout.slots[name].nbytes for name in stale)
+            stale = self._finish(places, stale)
+            nbytes = sum(layout.slots[name].nbytes for name in stale)
+            copied = [name for name in stale if name not in places[name].later]
+            if copied:
+                torch._foreach_copy_(
+                    [self.arena.raw(n) for n in copied], [places[n].raw(n) for n in copied], non_blocking=True
+                )
         self._holds.update((name, places[name].serial) for name in stale)
         self.copied_nbytes += nbytes
         return nbytes
+
+    def _copy_whole(self, whole: Arena) -> None:
+        if not whole.later:
+            self.arena.storage.copy_(whole.storage, non_blocking=True)
+            return
+        stem = self.arena.layout.stem
+        if stem:
+            self.arena.storage[:stem].copy_(whole.storage[:stem], non_blocking=True)
+        whole.finish(self.arena)
+
+    def _finish(self, places: Mapping[str, Arena], stale: Sequence[str]) -> list[str]:
+        """Enqueue what computes stale weights; what it overwrites beside them is stale then too."""
+        unmade = {places[name].serial: places[name] for name in stale if name in places[name].later}
+        again = set(stale)
+        for arena in unmade.values():
+            arena.finish(self.arena)
+            again |= arena.later
+        return [name for name in places if name in again]

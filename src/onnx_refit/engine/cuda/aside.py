@@ -39,7 +39,7 @@ class PutAside(Mapping[str, Array]):
     @property
     def begin(self) -> int:
         """The address of the first one, on the device."""
-        return int(self._arena.storage.data_ptr())
+        return self._arena.pointer
 
     @property
     def slots(self) -> Mapping[str, Slot]:

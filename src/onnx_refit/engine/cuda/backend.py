@@ -16,7 +16,9 @@ from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout
 from onnx_refit.engine.cuda.attached import Attached, attach
 from onnx_refit.engine.cuda.choice import Choice, candidates, make_network
+from onnx_refit.engine.cuda.families import Formula, formulas
 from onnx_refit.engine.cuda.filling import Filler, Source
+from onnx_refit.engine.cuda.folding import Unfolded, foldable
 from onnx_refit.engine.cuda.lowering.operators import Tensor
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
 from onnx_refit.engine.cuda.plain import plain_weights
@@ -56,20 +58,30 @@ class CudaBackend(CompiledBackend):
         lowered = make_network(compiled, device, options, self.choice)
         self.device = lowered.device
         self._plain = plain_weights(compiled)
-        self._layout = Layout(compiled.engine_weights, self._real, self._plain, lowered.together)
+        self._sources = {source.spec.name: source.spec for source in compiled.sources}
+        computed = formulas(compiled)
+        self._layout, self._recoverable = self._lay_out(compiled, lowered.together, computed)
         self._all = frozenset(self._layout.slots)
         self.runner = Runner(compiled, lowered, self._layout, options)
-        self._filler = Filler(compiled, self._layout, self.device, self._real, options.chunk)
+        self._filler = Filler(compiled, self._layout, self.device, self._real, options.chunk, computed)
         self._names = [spec.name for spec in compiled.outputs]
-        self._sources = {source.spec.name: source.spec for source in compiled.sources}
-        self._recoverable = {
-            slot.source: name
-            for name, slot in self._layout.slots.items()
-            if slot.source is not None and slot.nbytes == self._sources[slot.source].nbytes
-        }
         self._taker = Taker(compiled, self._layout, self._filler, self.device, self._real, self._recoverable)
         self._refits = threading.Lock()
         self._index: int | None = self.device.index if self.device.type == "cuda" else None
+
+    def _lay_out(
+        self, compiled: CompiledModel, together: Sequence[Sequence[str]], computed: Mapping[str, Formula]
+    ) -> tuple[Layout, dict[str, str]]:
+        """What lies where, and which engine weight holds which source weight bit for bit."""
+        layout = Layout(compiled.engine_weights, self._real, self._plain, together)
+        held = {
+            slot.source: name
+            for name, slot in layout.slots.items()
+            if slot.source is not None and slot.nbytes == self._sources[slot.source].nbytes
+        }
+        own = {name: one for name, one in computed.items() if layout.slots[name].source is None}
+        last = foldable(compiled, own, frozenset(held))
+        return Layout(compiled.engine_weights, self._real, self._plain, together, last), held
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -205,6 +217,12 @@ class CudaBackend(CompiledBackend):
                 self._finish()
                 places = {**base.places, **dict.fromkeys(other.arena.layout.slots, part)}
                 return CudaWeightSet(part, places, other.shared_nbytes)
+            unfolded = next((place for place in other.places.values() if isinstance(place, Unfolded)), None)
+            if unfolded is not None and not other.shared_nbytes:
+                made: Arena = self.empty(unfolded)
+                made.storage.copy_(unfolded.storage, non_blocking=True)
+                self._finish()
+                return CudaWeightSet(made)
             arena = Arena(self._layout, self.device)
             sources = {place.serial: place for place in other.places.values()}
             first = next(iter(sources.values()), None)
@@ -216,10 +234,14 @@ class CudaBackend(CompiledBackend):
             self._finish()
         return CudaWeightSet(arena)
 
-    def empty(self) -> Arena:
-        """Memory for a whole weight set, for a group to write."""
+    def empty(self, like: Arena) -> Arena:
+        """Memory for a whole weight set, for a group to write what another device has.
+
+        Args:
+            like: the other device's.
+        """
         with on_device(self.device):
-            return Arena(self._layout, self.device)
+            return self._taker.unfolded() if isinstance(like, Unfolded) else Arena(self._layout, self.device)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

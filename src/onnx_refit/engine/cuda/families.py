@@ -7,7 +7,7 @@ of folds is a few launches, and each source weight is read where the trainer has
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import onnx
 import torch
 
 from onnx_refit.engine.cuda import kernels
+from onnx_refit.engine.cuda.arena import Layout
 from onnx_refit.engine.cuda.family_code import THREADS, WARP, code
 from onnx_refit.engine.cuda.gather import upload
 from onnx_refit.engine.cuda.lowering.drafts import Draft, drafts_of
@@ -267,17 +268,17 @@ class Family:
         self._tables = (self._members.data_ptr(), self._pieces.data_ptr())
 
     def prepared(self, found: int) -> kernels.Prepared:
-        """The kernel; it takes the addresses of the weights' storage and of what is kept.
+        """The kernel; it takes what is added to the table's addresses, and where weights and what is kept go.
 
         Args:
             found: the address where an element that is not finite is noted, as a 32-bit word.
         """
         fixed = (self._table.address, *self._tables, self._count, found)
-        return kernels.Prepared(self._kernel, self._table.device, self._grid, THREADS, fixed, 2)
+        return kernels.Prepared(self._kernel, self._table.device, self._grid, THREADS, fixed, 3)
 
     def enqueue(self, storage: Tensor) -> None:
         """Compute the weights from the tensors noted last."""
-        arguments = (self._table.address, *self._tables, self._count, 0, storage.data_ptr(), 0)
+        arguments = (self._table.address, *self._tables, self._count, 0, 0, storage.data_ptr(), 0)
         kernels.launch(self._kernel, self._table.device, (self._grid,), (THREADS,), arguments)
 
 
@@ -311,6 +312,11 @@ def families(
         groups.setdefault((tuple(lines), place), []).append(Member(leaves, places[name], keep))
     made = [Family(lines, members, table, index, half, place) for (lines, place), members in groups.items()]
     return made, frozenset(taken)
+
+
+def half_of(layout: Layout, names: Collection[str]) -> int:
+    """The kind of halves that computed weights are stored in; 0 for float32."""
+    return next((HALVES.get(layout.slots[name].dtype, 0) for name in names), 0)
 
 
 def _whole(leaf: Leaf, formula: Formula) -> bool:

@@ -33,7 +33,7 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int, half: int = 0,
     pointers = []
     for index in range(count):
         at = " + ".join(f"(long long){name} * m.s[{index}][{name[1:]}]" for name in names[:-1])
-        pointers.append(f"reinterpret_cast<const float*>(sources[m.leaf[{index}]]) + {at or 0}")
+        pointers.append(f"reinterpret_cast<const float*>(base + sources[m.leaf[{index}]]) + {at or 0}")
     words = 5 + RANK + count * (RANK + 1)  # of a member
     look, look4, keep, keep4 = _taking(taken)
     return "\n".join(
@@ -50,8 +50,8 @@ def code(lines: Sequence[str], varies: Sequence[bool], rank: int, half: int = 0,
             "struct Piece { unsigned member, line, begin, count; };",
             'extern "C" __global__ __launch_bounds__(256) void family(',
             "    const unsigned long long* __restrict__ sources, const unsigned* __restrict__ members,",
-            "    const Piece* __restrict__ pieces, long long n, int* found, unsigned char* __restrict__ out,",
-            "    unsigned char* __restrict__ kept) {",
+            "    const Piece* __restrict__ pieces, long long n, int* found, unsigned long long base,",
+            "    unsigned char* __restrict__ out, unsigned char* __restrict__ kept) {",
             f"  const unsigned own = blockIdx.x * {THREADS // WARP} + threadIdx.x / {WARP};",
             f"  const unsigned lane = threadIdx.x % {WARP};",
             "  if (own >= n) return;",

@@ -11,7 +11,7 @@ import torch
 
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
-from onnx_refit.engine.cuda.families import HALVES, Family, families, formulas, sources_of
+from onnx_refit.engine.cuda.families import HALVES, Family, Formula, families, sources_of
 from onnx_refit.engine.cuda.gather import Copies, Part, Table
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.lowering.program import to_real
@@ -60,6 +60,7 @@ class Filler:
         device: where the arenas are.
         real: the dtype that stands for float32.
         chunk: bytes of each pinned buffer, see ``Uploader``.
+        found: engine weights that are formulas, see ``formulas``.
 
     Attributes:
         copied: source weights that are copied, in the order of their kernel's table.
@@ -67,7 +68,15 @@ class Filler:
         formulas: engine weights that kernels compute, and how.
     """
 
-    def __init__(self, compiled: CompiledModel, layout: Layout, device: Any, real: Any, chunk: int) -> None:
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        layout: Layout,
+        device: Any,
+        real: Any,
+        chunk: int,
+        found: Mapping[str, Formula],
+    ) -> None:
         self._program = compiled.program
         self._layout = layout
         self._device = device
@@ -81,7 +90,6 @@ class Filler:
         self.copied = [str(slot.source) for slot in kept]
         self._parts = [self._part(name) for name in self.copied]
         self._places = [slot.offset for slot in kept]
-        found = formulas(compiled) if self._kernels else {}
         self.formulas = {name: found[name] for name in found if layout.slots[name].source is None}
         self.computed_from = sources_of(self.formulas)
         self._rest = frozenset(layout.slots) - self._direct - self.formulas.keys()

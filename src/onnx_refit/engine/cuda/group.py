@@ -169,7 +169,7 @@ class CudaGroup:
 
     def _broadcast(self, first: CudaWeightSet) -> list[CudaWeightSet] | None:
         """The first device's set on all devices, by NCCL; None where it cannot."""
-        arenas = [first.arena, *(member.empty() for member in self._members[1:])]
+        arenas = [first.arena, *(member.empty(first.arena) for member in self._members[1:])]
         storages = [arena.storage for arena in arenas]
         if not self._nccl or not all(storage.is_cuda for storage in storages):
             return None

@@ -14,7 +14,7 @@ from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
 from onnx_refit.engine.cuda.aside import Places
 from onnx_refit.engine.cuda.attached import Attached
-from onnx_refit.engine.cuda.families import HALVES, NOWHERE, Formula, families
+from onnx_refit.engine.cuda.families import HALVES, NOWHERE, Formula, families, half_of
 from onnx_refit.engine.cuda.filling import Filler
 from onnx_refit.engine.cuda.gather import KINDS, Part, cut, upload
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
@@ -104,7 +104,7 @@ class Route:
         takes = {n: kept.get(n, NOWHERE) for n in own if n not in sinks and specs[n].dtype == "float32"}
         computed = {name: formula for name, formula in formulas.items() if name in weights}
         offsets = {name: layout.slots[name].offset for name in computed}
-        made, taken = families(computed, offsets, self._addresses, index, _half(layout, computed), takes)
+        made, taken = families(computed, offsets, self._addresses, index, half_of(layout, computed), takes)
         copied = {slot.spec.name for slots in sinks.values() for slot, _ in slots}
         self.rest = frozenset(weights) - copied - computed.keys()
         parts: list[tuple[int, int, int, int, int, int]] = []
@@ -149,7 +149,7 @@ class Route:
         tensors: Sequence[Any],
         others: Mapping[str, Tensor],
         arena: Arena,
-        aside: Arena,
+        kept: int,
         before: int,
         after: int,
         filler: Filler,
@@ -162,7 +162,7 @@ class Route:
             tensors: the tensors they lie in.
             others: weights of the version before, dense.
             arena: takes the engine weights.
-            aside: takes what is kept.
+            kept: the address of what is kept.
             before: the address of the samples of the version before.
             after: where the new ones go.
             filler: makes what no kernel of ours makes.
@@ -181,26 +181,30 @@ class Route:
             known |= {name: tensor.data_ptr() for name, tensor in others.items()}
             known |= {} if made is None else made.addresses
             self._addresses.note([known[name] for name in self._sources])
-        weights, kept = arena.storage.data_ptr(), aside.storage.data_ptr()
-        largest, small = self._largest, stream
+        weights = arena.storage.data_ptr()
         if self._compute:
-            self._beside.mark(stream)
-            small = self._beside.stream
-        if largest:
-            self._compute[largest - 1](stream, weights, kept)
+            self._launch_all(stream, before, after, weights, kept)
         else:
             self._take(stream, before, after, weights, kept)
-        if self._compute:
-            self._beside.follow()
-        for place, compute in enumerate(self._compute, 1):
-            if place != largest:
-                compute(small, weights, kept)
-        if largest:
-            self._take(small, before, after, weights, kept)
         self._casts = self._narrows or not attached.dense
         if self.rest:
             dense = {**others, **({} if made is None else made.tensors())}
             self._fill(attached, tensors, dense, arena, filler)
+
+    def _launch_all(self, stream: int, before: int, after: int, weights: int, kept: int) -> None:
+        """The largest kernel first, on the caller's stream, and all others beside it."""
+        largest, beside = self._largest, self._beside
+        beside.mark(stream)
+        if largest:
+            self._compute[largest - 1](stream, 0, weights, kept)
+        else:
+            self._take(stream, before, after, weights, kept)
+        beside.follow()
+        for place, compute in enumerate(self._compute, 1):
+            if place != largest:
+                compute(beside.stream, 0, weights, kept)
+        if largest:
+            self._take(beside.stream, before, after, weights, kept)
 
     def _pointers(self, attached: Attached) -> Sequence[int]:
         if self._known is None or self._known[0]() is not attached:
@@ -247,11 +251,6 @@ class Route:
         if not said[_ALIKE]:
             return ()
         return tuple(self._own[row] for row in np.flatnonzero(np.asarray(said)[_EACH:]).tolist())
-
-
-def _half(layout: Layout, names: Collection[str]) -> int:
-    """The kind of halves that computed weights are stored in; 0 for float32."""
-    return next((HALVES.get(layout.slots[name].dtype, 0) for name in names), 0)
 
 
 def _cast(slot: Slot, spec: TensorSpec) -> int | None:

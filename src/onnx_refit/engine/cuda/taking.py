@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnx_refit.engine.cuda.arena import Arena, Layout
 from onnx_refit.engine.cuda.aside import Marks, Places, PutAside, marks_of
 from onnx_refit.engine.cuda.attached import Attached
 from onnx_refit.engine.cuda.filling import Filler
+from onnx_refit.engine.cuda.folding import Folding, Unfolded
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
 from onnx_refit.engine.cuda.route import Comparison, Route
 from onnx_refit.engine.cuda.streams import on_device
@@ -43,6 +44,7 @@ class Wanted:
         layout: of these.
         whole: whether all source weights are given.
         aside: of the given weights that are kept as they are.
+        folding: makes those of the engine weights that are left to be made; None where none are.
         others: source weights that are read too, and that the version before has.
         first: those given that are worth taking before the others are looked at; none where it does not matter.
     """
@@ -52,6 +54,7 @@ class Wanted:
     layout: Layout
     whole: bool
     aside: Layout
+    folding: Folding | None
     others: tuple[str, ...]
     first: frozenset[str]
 
@@ -127,8 +130,7 @@ class Taker:
         assert places is not None
         marks = before if type(before) is Marks and before.places is places else marks_of(before, places)
         old = marks.there
-        arena = Arena(wanted.layout, self._device)
-        aside = Arena(wanted.aside, self._device) if wanted.aside.nbytes else self._nothing
+        arena, aside = self._memory(wanted)
         now = Marks(places)
         if not wanted.whole:
             now.there.copy_(old)
@@ -150,6 +152,23 @@ class Taker:
             return None
         settle = partial(self._settle, stream, attached, tensors, routes, look, marks)
         return Taken(self._made(wanted, base, arena), PutAside(aside, self._specs), now, settle)
+
+    def _memory(self, wanted: Wanted) -> tuple[Arena, Arena]:
+        """For what is made, and for what is kept."""
+        if wanted.folding is not None:
+            arena = Unfolded(wanted.folding)
+            return arena, arena.kept()
+        made = Arena(wanted.layout, self._device)
+        return made, Arena(wanted.aside, self._device) if wanted.aside.nbytes else self._nothing
+
+    def unfolded(self) -> Arena:
+        """Memory for a whole set, some of whose weights are made later."""
+        return Unfolded(self._folding)
+
+    @cached_property
+    def _folding(self) -> Folding:
+        kept = [spec for name, spec in self._specs.items() if name not in self._recoverable]
+        return Folding(self._layout, Layout(kept, torch.float32), self._specs, self._filler, self._device)
 
     def _settle(
         self,
@@ -203,9 +222,9 @@ class Taker:
         """
         last = self._last
         assert last is not None
-        routes, before, after = last.routes, old.data_ptr(), new.data_ptr()
+        routes, kept, before, after = last.routes, aside.pointer, old.data_ptr(), new.data_ptr()
         if attached.held:
-            routes[0].enqueue(stream, attached, tensors, others, arena, aside, before, after, self._filler)
+            routes[0].enqueue(stream, attached, tensors, others, arena, kept, before, after, self._filler)
             return routes[:1]
         parted = len(routes) > 1 and attached.dense
         forms = attached.parted(wanted.first, tensors) if parted else (attached.form,)
@@ -213,7 +232,7 @@ class Taker:
         for route, form in zip(chosen, forms, strict=True):
             if not form.same(tensors):
                 return ()
-            route.enqueue(stream, attached, tensors, others, arena, aside, before, after, self._filler)
+            route.enqueue(stream, attached, tensors, others, arena, kept, before, after, self._filler)
         return chosen
 
     def _prepare(self, attached: Attached) -> _Last:
@@ -228,13 +247,14 @@ class Taker:
         program, kept = self._compiled.program, self._specs.keys() - self._recoverable.keys()
         whole = len(given) == len(self._specs)
         weights = frozenset(self._layout.slots) if whole else affected(program, frozenset(given))
+        folding = self._folding if whole and self._layout.behind else None
         aside = Layout([self._specs[name] for name in given if name in kept], torch.float32)
         needed = required(program, weights) - frozenset(given)
         others = tuple(name for name in self._specs if name in needed)
         layout = self._layout if len(weights) == len(self._layout.slots) else self._layout.part(weights)
         first = frozenset() if len(given) < _MANY else self._large(weights) & frozenset(given)
         first = first if 2 * len(first) <= len(given) else frozenset()
-        return _remember(self._wanted, given, Wanted(given, weights, layout, whole, aside, others, first))
+        return _remember(self._wanted, given, Wanted(given, weights, layout, whole, aside, folding, others, first))
 
     def _large(self, weights: frozenset[str]) -> frozenset[str]:
         """The source weights of the largest engine weights, which make up most of all bytes."""
@@ -249,7 +269,8 @@ class Taker:
 
     def _route(self, wanted: Wanted) -> tuple[Route, ...]:
         """One route for everything, and, where that is worthwhile, two that do the same one after the other."""
-        formulas = {name: self._filler.formulas[name] for name in wanted.weights if name in self._filler.formulas}
+        now = wanted.weights if wanted.folding is None else wanted.weights - wanted.folding.names
+        formulas = {name: self._filler.formulas[name] for name in now if name in self._filler.formulas}
         places = self._places
         assert places is not None
 
@@ -259,13 +280,13 @@ class Taker:
             layout, aside, specs = wanted.layout, wanted.aside, self._specs
             return Route(own, read, weights, layout, aside, formulas, specs, places, self._device, self._beside)
 
-        routes: tuple[Route, ...] = (made(wanted.given, wanted.weights),)
+        routes: tuple[Route, ...] = (made(wanted.given, now),)
         if wanted.first and not routes[0].rest and not wanted.others:
             large = [name for name in wanted.given if name in wanted.first]
             left = [name for name in wanted.given if name not in wanted.first]
             own = frozenset(large)
-            early = frozenset(w for w in wanted.weights if self._compiled.program.dependencies[w] <= own)
-            routes = (*routes, made(large, early), made(left, wanted.weights - early))
+            early = frozenset(w for w in now if self._compiled.program.dependencies[w] <= own)
+            routes = (*routes, made(large, early), made(left, now - early))
         return _remember(self._routes, wanted.given, routes)
 
     def _other(self, name: str, base: CudaWeightSet, holder: Holder) -> Tensor:
@@ -317,7 +338,8 @@ class Taker:
                 alike.append(one.name)
             if one.name in wanted.aside.slots:
                 aside.raw(one.name).copy_(value.reshape(-1))
-        self._filler.fill(arena, {**values, **others}, wanted.weights)
+        now = wanted.weights if wanted.folding is None else wanted.weights - wanted.folding.names
+        self._filler.fill(arena, {**values, **others}, now)
         if self._device.type == "cuda":
             kernels.synchronize(self._device)
         return tuple(alike)
