@@ -42,6 +42,8 @@ from onnx_refit.model.prepare import prepare
 from onnx_refit.plan.compile import compile_model
 from onnx_refit.plan.compiled import CompiledModel, RefitProgram, SourceWeight
 from onnx_refit.plan.evaluate import evaluate
+from onnx_refit.plan.plan import Plan
+from onnx_refit.refit.live import Engine
 from onnx_refit.tensors import Array, spec_of, spec_of_value_info, value_info_of
 
 
@@ -114,17 +116,17 @@ class Measured:
             if name == "ours":
                 calls["ours, NumPy to NumPy"] = lambda backend=backend, held=held: backend.run(held, feeds)  # type: ignore[misc]
         peers: list[gpu_peers.Peer] = []
-        makers = [] if self.case.module is None else gpu_peers.torch_peers(self.case.module, feeds, self.device)
+        makers = {} if self.case.module is None else gpu_peers.torch_peers(self.case.module, feeds, self.device)
         try:
-            makers += gpu_peers.ort_peers(self.model, self.compiled, self.engine_weights(), feeds)
+            makers |= gpu_peers.ort_peers(self.model, self.compiled, self.engine_weights(), feeds)
         except RuntimeError as error:
             notes["ORT CUDA"] = str(error)
-        for make in makers:
+        for name, make in makers.items():
             try:
                 with torch.no_grad():
                     peers.append(make())
             except Exception as error:  # noqa: BLE001 - a peer that fails is a result
-                notes[getattr(make, "__name__", "peer")] = f"{type(error).__name__}: {str(error)[:300]}"
+                notes[name] = f"{type(error).__name__}: {str(error)[:300]}"
         calls |= {peer.name: peer.call for peer in peers}
         with torch.no_grad(), gpu_peers.tf32(False):
             figures = race(calls, seconds=seconds)
@@ -218,26 +220,39 @@ class Measured:
         }
 
     def under_refit(self, seconds: float) -> dict[str, object]:
-        """Latency of requests alone, and while another thread refits every 100 ms."""
+        """Latency of requests alone, and while another thread refits every 100 ms.
+
+        Refits are whole transactions from bound tensors, of two trainers in turn, so that all values change.
+        """
         backend = self.backend()
         inputs = self.feeds(next(iter(self.case.inputs.values())))
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
-        there = {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in self.weights.items()}
-        current = [backend.derive(there)]
+        engine = Engine(Plan("cuda", self.compiled, self.weights, ""), backend, self.weights)
+        trainers = [
+            {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in self.weights.items()}
+            for _ in range(2)
+        ]
+        for tensor in trainers[1].values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.0625)
+        bound = [engine.bind(one) for one in trainers]
+        for one in (*bound, *bound):
+            engine.refit(one)
 
         def latencies(duration: float) -> list[float]:
             end, found = time.perf_counter() + duration, []
             while time.perf_counter() < end:
-                found.append(once(lambda: backend.run_tensors(current[0], tensors)))
+                found.append(once(lambda: backend.run_tensors(engine._versions.current.weights, tensors)))
             return found
 
         latencies(0.5)
         idle = latencies(seconds)
-        stop, refits = threading.Event(), [0]
+        stop, refits, copied = threading.Event(), [0], [0]
 
         def refit() -> None:
             while not stop.wait(0.1):
-                current[0] = backend.derive(there)
+                report = engine.refit(bound[refits[0] % 2])
+                copied[0] += len(report.changed) == len(self.weights)
                 refits[0] += 1
 
         thread = threading.Thread(target=refit)
@@ -245,10 +260,11 @@ class Measured:
         busy = latencies(seconds)
         stop.set()
         thread.join()
-        backend.close()
+        engine.close()
         p99 = {"idle": float(np.quantile(idle, 0.99)), "refits": float(np.quantile(busy, 0.99))}
         return {
             "refits": refits[0],
+            "refits that changed every weight": copied[0],
             "requests": len(busy),
             "p99, microseconds": {name: round(value * 1e6, 1) for name, value in p99.items()},
             "p99 over idle": round(p99["refits"] / p99["idle"], 3),

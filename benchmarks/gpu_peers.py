@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,14 +96,14 @@ def recorded(module: nn.Module, x: list[Any], device: str, *, own: bool) -> Call
     return call
 
 
-def torch_peers(module: nn.Module, inputs: Mapping[str, Array], device: str) -> list[Callable[[], Peer]]:
-    """Makers of the PyTorch peers; each may fail, and the caller notes why."""
+def torch_peers(module: nn.Module, inputs: Mapping[str, Array], device: str) -> dict[str, Callable[[], Peer]]:
+    """Makers of the PyTorch peers, by the peer's name; each may fail, and the caller notes why."""
     module = module.eval().cpu()
     x = [torch.from_numpy(np.array(array)).to(device) for array in inputs.values()]
 
-    def eager() -> Peer:
+    def eager(name: str) -> Peer:
         there = copy.deepcopy(module).to(device)
-        return Peer("torch eager", synchronised(lambda: there(*x), device), 0.0)
+        return Peer(name, synchronised(lambda: there(*x), device), 0.0)
 
     def graph(name: str, *, own: bool, allowed: bool) -> Peer:
         started = time.perf_counter()
@@ -111,18 +112,19 @@ def torch_peers(module: nn.Module, inputs: Mapping[str, Array], device: str) -> 
             call()
         return Peer(name, call, time.perf_counter() - started, own and not allowed)
 
-    return [
-        eager,
-        lambda: graph("torch CUDA graph", own=True, allowed=False),
-        lambda: graph("torch CUDA graph, replay only", own=False, allowed=False),
-        lambda: graph("torch CUDA graph, tf32", own=True, allowed=True),
-    ]
+    makers: dict[str, Callable[[str], Peer]] = {
+        "torch eager": eager,
+        "torch CUDA graph": partial(graph, own=True, allowed=False),
+        "torch CUDA graph, replay only": partial(graph, own=False, allowed=False),
+        "torch CUDA graph, tf32": partial(graph, own=True, allowed=True),
+    }
+    return {name: partial(make, name) for name, make in makers.items()}
 
 
 def ort_peers(
     model: onnx.ModelProto, compiled: CompiledModel, weights: Mapping[str, Array], inputs: Mapping[str, Array]
-) -> list[Callable[[], Peer]]:
-    """Makers of the ONNX Runtime CUDA peers: baked, weights as inputs, each with and without a CUDA graph."""
+) -> dict[str, Callable[[], Peer]]:
+    """Makers of the ONNX Runtime CUDA peers, by name: baked, weights as inputs, each with and without a CUDA graph."""
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -130,7 +132,7 @@ def ort_peers(
 
     names = [output.name for output in model.graph.output]
 
-    def session(baked: bool, graph: bool, own: bool) -> Peer:
+    def session(name: str, baked: bool, graph: bool, own: bool) -> Peer:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         proto = model if baked else compiled.activation
@@ -138,27 +140,27 @@ def ort_peers(
         provider = ("CUDAExecutionProvider", {"enable_cuda_graph": str(int(graph)), "use_tf32": "0"})
         made = ort.InferenceSession(proto.SerializeToString(), options, providers=[provider, "CPUExecutionProvider"])
         binding, held = made.io_binding(), []
-        for name, array in {} if baked else weights.items():
+        for key, array in {} if baked else weights.items():
             value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
             held.append(value)
-            binding.bind_ortvalue_input(name, value)
-        given = {name: torch.from_numpy(np.ascontiguousarray(array)).cuda() for name, array in inputs.items()}
-        static = {name: tensor.clone() for name, tensor in given.items()}
-        for name, tensor in static.items():
-            binding.bind_input(name, "cuda", 0, inputs[name].dtype, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_ortvalue_input(key, value)
+        given = {key: torch.from_numpy(np.ascontiguousarray(array)).cuda() for key, array in inputs.items()}
+        static = {key: tensor.clone() for key, tensor in given.items()}
+        for key, tensor in static.items():
+            binding.bind_input(key, "cuda", 0, inputs[key].dtype, tuple(tensor.shape), tensor.data_ptr())
         results = []
-        for name, array in zip(names, expected(), strict=True):
+        for key, array in zip(names, expected(), strict=True):
             results.append(torch.from_numpy(np.array(array)).cuda())
             place = results[-1].data_ptr()
-            binding.bind_output(name, "cuda", 0, np.asarray(array).dtype, tuple(results[-1].shape), place)
+            binding.bind_output(key, "cuda", 0, np.asarray(array).dtype, tuple(results[-1].shape), place)
         torch.cuda.synchronize()
         made.run_with_iobinding(binding)
         seconds = time.perf_counter() - started
 
         def call() -> object:
             if graph and own:  # a recorded graph has its own inputs and outputs; without one, the caller's are bound
-                for name, tensor in given.items():
-                    static[name].copy_(tensor, non_blocking=True)
+                for key, tensor in given.items():
+                    static[key].copy_(tensor, non_blocking=True)
                 torch.cuda.current_stream().synchronize()
             made.run_with_iobinding(binding)
             if not (graph and own):
@@ -167,8 +169,7 @@ def ort_peers(
             torch.cuda.current_stream().synchronize()
             return copies
 
-        title = f"ORT CUDA {'baked' if baked else 'weights as inputs'}{', CUDA graph' if graph else ''}"
-        return Peer(title if own else f"{title}, replay only", call, seconds, own)
+        return Peer(name, call, seconds, own)
 
     found: list[Any] = []
 
@@ -178,5 +179,15 @@ def ort_peers(
             found.extend(made.run(names, dict(inputs)))
         return found
 
-    makers = [lambda b=b, g=g: session(b, g, True) for b in (True, False) for g in (False, True)]
-    return [*makers, lambda: session(True, True, False)]
+    makers: dict[str, Callable[[], Peer]] = {}
+    for baked, graph, own in (
+        (True, False, True),
+        (True, True, True),
+        (False, False, True),
+        (False, True, True),
+        (True, True, False),
+    ):
+        title = f"ORT CUDA {'baked' if baked else 'weights as inputs'}{', CUDA graph' if graph else ''}"
+        title = title if own else f"{title}, replay only"
+        makers[title] = partial(session, title, baked, graph, own)
+    return makers

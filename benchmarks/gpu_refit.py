@@ -14,10 +14,8 @@ neighbours, and what is measured is Python of tens of microseconds.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -30,7 +28,7 @@ import torch
 import onnx_refit
 from benchmarks.cases import CASES
 from benchmarks.gpu import hardware, wide_mlp
-from benchmarks.measure import ratio
+from benchmarks.measure import alternate, once, ratio
 from onnx_refit.engine.cuda.backend import CudaBackend
 from onnx_refit.engine.cuda.options import CudaOptions, Precision
 from onnx_refit.engine.registry import EngineOptions
@@ -43,35 +41,20 @@ Call = tuple[Callable[[], object], Callable[[], object]]
 """What is not timed, and what is."""
 
 
-def alternate(calls: Mapping[str, Call], rounds: int, device: str) -> dict[str, list[float]]:
+def raced(calls: Mapping[str, Call], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each call; in each round all of them, in random order, each once before it is timed."""
-    rng = np.random.default_rng(0)
-    order = list(calls)
-    figures: dict[str, list[float]] = {name: [] for name in calls}
 
-    def once(name: str) -> float:
+    def timed(name: str) -> float:
         before, call = calls[name]
         before()
         if device != "cpu":
             torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
+        return once(call)
 
     for name in calls:  # kernels are compiled, tables made
         for _ in range(4):
-            once(name)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            rng.shuffle(order)
-            for name in order:
-                once(name)
-                figures[name].append(statistics.median(once(name) for _ in range(_REPEATS)))
-    finally:
-        gc.enable()
-    return figures
+            timed(name)
+    return alternate(timed, list(calls), rounds=rounds, repeats=_REPEATS)
 
 
 def told(figures: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -178,7 +161,7 @@ def measure(name: str, device: str, rounds: int) -> dict[str, Any]:
         "into bfloat16": of("bf16", lambda engine, tensors: engine.refit(tensors)),
         "nothing changed": (lambda: None, lambda: engines["frozen"].refit(frozen.tensors)),
     }
-    figures = told(alternate(calls, rounds, device))
+    figures = told(raced(calls, rounds, device))
     trainers["bound"].step()
     report = engines["bound"].refit(bound)
     for engine in engines.values():
@@ -218,7 +201,7 @@ def fixed(device: str, rounds: int) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     calls["copy"] = lambda: flat.mul_(0.97), copy
-    return told(alternate(calls, rounds, device))
+    return told(raced(calls, rounds, device))
 
 
 def main() -> None:

@@ -41,19 +41,39 @@ def race(calls: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, see
     each = sum(once(call) for call in calls.values()) / len(calls)
     repeats = max(3, min(30, int(0.03 / max(each, 1e-9))))
     rounds = max(9, min(61, int(seconds / ((each * (repeats + 1) + _REST) * len(calls)))))
-    order = list(calls)
+
+    def timed(name: str) -> float:
+        return once(calls[name])
+
+    return alternate(timed, list(calls), rounds=rounds, repeats=repeats, rest=_REST, seed=seed)
+
+
+def alternate(
+    timed: Callable[[str], float], names: Sequence[str], *, rounds: int, repeats: int, rest: float = 0.0, seed: int = 0
+) -> dict[str, list[float]]:
+    """Figures of several calls, in turn, in a new random order each round; see ``race``.
+
+    Args:
+        timed: makes the call of a name, and gives the seconds that count.
+        names: of the calls.
+        rounds: figures of each.
+        repeats: calls whose median is a figure.
+        rest: seconds of a pause before each figure.
+        seed: of the order.
+    """
+    order = list(names)
     rng = np.random.default_rng(seed)
-    figures: dict[str, list[float]] = {name: [] for name in calls}
+    figures: dict[str, list[float]] = {name: [] for name in order}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             rng.shuffle(order)
             for name in order:
-                call = calls[name]
-                time.sleep(_REST)
-                call()  # each call warms its own caches again after its rivals
-                figures[name].append(statistics.median(once(call) for _ in range(repeats)))
+                if rest:
+                    time.sleep(rest)
+                timed(name)  # each call warms its own caches again after its rivals
+                figures[name].append(statistics.median(timed(name) for _ in range(repeats)))
     finally:
         gc.enable()
     return figures
