@@ -8,7 +8,7 @@ from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check_report import AsDeclared, CheckReport, NotGiven
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.source import WeightSource
-from onnx_refit.weights.sources.arrays import ArraysSource
+from onnx_refit.weights.sources.arrays import ArraysSource, form_of
 
 
 class Declared:
@@ -20,6 +20,8 @@ class Declared:
 
     def __init__(self, specs: Iterable[TensorSpec]) -> None:
         self._specs = tuple(specs)
+        forms = [form_of(spec) for spec in self._specs]
+        self._forms = [form for form in forms if form is not None] if None not in forms else None
         self._named = {spec.name: spec for spec in self._specs}
         self._places = {spec.name: place for place, spec in enumerate(self._specs)}
 
@@ -37,7 +39,7 @@ class Declared:
             return None
         count = len(weights.values)
         if count == len(self._specs) or not options.partial:
-            arrays = weights.plain(self._specs)
+            arrays = None if self._forms is None else weights.plain(self._forms)
             if arrays is None:
                 return None
             return CheckReport(weights.description, options.partial, AsDeclared(self._specs), (), (), ()), arrays

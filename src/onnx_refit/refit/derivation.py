@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from onnx_refit.engine.protocol import Backend
+from onnx_refit.engine.protocol import Backend, InPlace
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport
@@ -54,6 +54,7 @@ class Derivation:
         together = len(self._small & self._kept_names)
         self._retainer = Retainer(kept, disk=cold, together=together, rest=self._packet.clear)
         self._sampler = Sampler(self._packet)
+        self._on_device = isinstance(backend, InPlace)
         self.in_place = InPlaceRefit(
             backend, compiled.sources, self._kept_names, self._constants, self._retainer, self._sampler
         )
@@ -119,7 +120,7 @@ class Derivation:
             EngineError: the derivation failed.
         """
         current = self.weights_of(base)
-        found = self.in_place.candidate(base, given, options, seconds)
+        found = self.in_place.candidate(base, given, options, seconds) if self._on_device else None
         if found is not None:
             return found
         look = not options.allow_nonfinite

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from onnx_refit.engine.base import CompiledBackend
 from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
-from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
+from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool, Storage
 from onnx_refit.engine.onnxruntime.derive import Deriver
 from onnx_refit.engine.onnxruntime.empty import EmptyProducts
 from onnx_refit.engine.onnxruntime.hosts import Host, HostPool, Lease, NoHostError, loose
@@ -142,25 +142,67 @@ class OnnxRuntimeBackend(CompiledBackend):
         """A new weight set from source weights; see ``Backend.derive``."""
         self._check_open()
         earlier = None if base is None else _own(base)
-        held: Mapping[str, Buffer] = {}
-        renew: Set[str] = self._specs.keys()
-        if earlier is not None and changed is not None:
-            held = earlier.buffers
-            renew = self._deriver.affected(changed)
         self._pool.touch()
-        lease, hosted = self._lease(held, renew)
-        fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in renew}
-        aside = self._crowded and bool(self._requests)
-        self._deriver.derive(sources, {n: buffer.storage for n, buffer in fresh.items()}, inspector, aside=aside)
-        if lease is not None:
-            lease.settle(hosted.keys() & renew)
-        made = self._weight_set(earlier if held else None, {**hosted, **fresh})
+        if earlier is None or changed is None:
+            made = self._all(sources, inspector)
+            renewed: Set[str] = self._specs.keys()
+        else:
+            renewed = self._deriver.affected(changed)
+            made = self._some(sources, earlier, renewed, inspector)
         if self._second is not None:
-            if earlier is not None and earlier.full_speed.done() and not self._second.baked & fresh.keys():
+            if earlier is not None and earlier.full_speed.done() and not self._second.baked & renewed:
                 made.promote(earlier.runner.session)  # it bakes in nothing that changed
             else:
                 self._second.ask(made)
         return made
+
+    @property
+    def _aside(self) -> bool:
+        """Whether requests need the cores that a refit would take."""
+        return self._crowded and bool(self._requests)
+
+    def _all(self, sources: Mapping[str, Array], inspector: Inspector | None) -> OnnxRuntimeWeightSet:
+        """A weight set of which everything is new."""
+        lease, hosted = self._lease({}, self._specs.keys())
+        racked = self._pool.take_all()
+        rack = racked.rack
+        targets: Mapping[str, Storage] = rack.storages
+        buffers: Mapping[str, Buffer] = rack.buffers
+        if lease is not None:
+            targets = {**lease.host.storages, **targets}
+            buffers = {**hosted, **buffers}
+        self._deriver.derive(sources, targets, inspector, rack=rack, aside=self._aside)
+        if lease is not None:
+            lease.settle(hosted)
+        runner = rack.runner
+        if runner is None:
+            read = {name: buffer for name, buffer in buffers.items() if name in self._read}
+            runner = Runner(self._session or _host(hosted).session, read, self._outputs)
+            if self._hosts is None and self._second is None:  # else another session runs the rack's next weights
+                rack.runner = runner
+        return OnnxRuntimeWeightSet(buffers, self._nbytes, 0, runner, self._dead, racked)
+
+    def _some(
+        self, sources: Mapping[str, Array], earlier: OnnxRuntimeWeightSet, renew: Set[str], inspector: Inspector | None
+    ) -> OnnxRuntimeWeightSet:
+        """A weight set that shares all but some buffers with an earlier one; nothing here looks at each of these."""
+        lease, hosted = self._lease(earlier.buffers, renew)
+        fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in renew}
+        targets = {name: buffer.storage for name, buffer in fresh.items()}
+        self._deriver.derive(sources, targets, inspector, aside=self._aside)
+        if lease is not None:
+            lease.settle(hosted.keys() & renew)
+        made = {**hosted, **fresh}
+        read = {name: buffer for name, buffer in made.items() if name in self._read}
+        earlier.share()
+        buffers = {**earlier.buffers, **made}
+        runner = earlier.first.renewed(self._session or _host(buffers).session, read)
+        shared = self._nbytes - sum(buffer.spec.nbytes for buffer in made.values())
+        return OnnxRuntimeWeightSet(buffers, self._nbytes, shared, runner, self._dead)
+
+    @property
+    def _dead(self) -> list[object] | None:
+        return None if self._second is None else self._second.dead
 
     def _lease(self, held: Mapping[str, Buffer], renew: Set[str]) -> tuple[Lease | None, Mapping[str, Buffer]]:
         """A session to write these engine weights into, and all the weights that it holds; none where none changes."""
@@ -171,19 +213,6 @@ class OnnxRuntimeBackend(CompiledBackend):
         if left:
             lease.host.copy(left, _host(held))
         return lease, lease.buffers()
-
-    def _weight_set(self, earlier: OnnxRuntimeWeightSet | None, made: Mapping[str, Buffer]) -> OnnxRuntimeWeightSet:
-        """The weight set that has these buffers, and all others of an earlier one's."""
-        dead = None if self._second is None else self._second.dead
-        read = {name: buffer for name, buffer in made.items() if name in self._read}
-        if earlier is None:
-            runner = Runner(self._session or _host(made).session, read, self._outputs)
-            return OnnxRuntimeWeightSet(made, self._nbytes, 0, runner, dead)
-        # Few of many may have changed: nothing here takes a look at each of them.
-        buffers = {**earlier.buffers, **made}
-        runner = earlier.first.renewed(self._session or _host(buffers).session, read)
-        shared = self._nbytes - sum(buffer.spec.nbytes for buffer in made.values())
-        return OnnxRuntimeWeightSet(buffers, self._nbytes, shared, runner, dead)
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.buffers import Rack, Storage
 from onnx_refit.engine.onnxruntime.covering import covered
 from onnx_refit.engine.onnxruntime.moving import Slots, Unit, look_slots, looking, looks, units, watchable
 from onnx_refit.engine.protocol import Look
@@ -167,6 +167,7 @@ class Batcher:
         steady: Mapping[str, Array],
         claims: Mapping[str, Look],
         pause: int = 0,
+        rack: Rack | None = None,
     ) -> Ready:
         """A batch that writes these engine weights and looks at these sources.
 
@@ -176,6 +177,7 @@ class Batcher:
             steady: some of them, in the very same memory as long as this is the same mapping.
             claims: source weight -> what to do with each of its elements; of ``seen`` only.
             pause: nanoseconds to sleep after each unit.
+            rack: where some of the targets lie, or all.
 
         Raises:
             KeyError: a tensor is missing.
@@ -185,9 +187,15 @@ class Batcher:
         if steady is not self._steady:
             self._settle(steady)
         # Lists, and arrays of the standard library: many single elements are written, which NumPy is slow at.
-        addresses = self._template.copy()
         places = self._targets
-        for name, storage in targets.items():
+        single: Iterable[tuple[str, Storage]] = targets.items()
+        if rack is None:
+            addresses = self._template.copy()
+        else:
+            addresses = self._racked(rack).copy()
+            racked = rack.storages
+            single = [] if targets is racked else [(n, s) for n, s in single if n not in racked]
+        for name, storage in single:
             addresses[places[name]] = storage.address
         for name, slot in program.reads:
             if not addresses[slot]:
@@ -232,6 +240,17 @@ class Batcher:
     def rest(self) -> None:
         """Keep no steady tensor alive."""
         self._settle({})
+
+    def _racked(self, rack: Rack) -> list[int]:
+        """The template with the addresses of a rack's storages, made once."""
+        if rack.prepared is None or rack.prepared[0] is not self._template:
+            filled = self._template.copy()
+            for name, storage in rack.storages.items():
+                if name in self._targets:
+                    filled[self._targets[name]] = storage.address
+            rack.prepared = self._template, filled
+        made: list[int] = rack.prepared[1]
+        return made
 
     def _settle(self, steady: Mapping[str, Array]) -> None:
         """Make a table of addresses in which those of the steady tensors are filled in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,9 +49,14 @@ class Storage:
         self.steady: tuple[object, list[Any]] | None = None
         self.settled = True
 
+    @property
+    def packs(self) -> bool:
+        """Whether ``value`` is in other memory than the array, which ``settle`` fills."""
+        return self._owner is not self.array
+
     def settle(self) -> None:
         """Note that the array is written and no thread writes it any more; ``value`` has its elements from now on."""
-        if self._owner is not self.array:
+        if self.packs:
             pack(self.array, self._owner)
         self.settled = True
 
@@ -65,11 +70,14 @@ class Owner(Protocol):
 
 
 class Buffer:
-    """One engine weight of living weight sets: never written again once the first of them exists."""
+    """One engine weight of living weight sets: never written again once the first of them exists.
+
+    Its owner takes the memory back; one of a rack has none, for the rack goes back whole.
+    """
 
     __slots__ = ("__weakref__", "owner", "storage")
 
-    def __init__(self, storage: Storage, owner: Owner) -> None:
+    def __init__(self, storage: Storage, owner: Owner | None) -> None:
         self.storage = storage
         self.owner = owner
 
@@ -85,15 +93,74 @@ class Buffer:
 
     def __del__(self) -> None:
         # Runs when the last weight set that uses it is gone, in any thread: no lock may be taken here.
-        self.owner.give_back(self.storage)
+        if self.owner is not None:
+            self.owner.give_back(self.storage)
+
+
+class Rack:
+    """Storage for every engine weight at once: a refit of all of them asks nothing of each.
+
+    Attributes:
+        storages: engine weight -> its storage.
+        buffers: engine weight -> its buffer; without owners.
+        prepared: what was made once to write all of it again and again (the deriver fills this).
+        runner: what runs a session with it (the backend fills this).
+        settled: whether it is sure that no thread is writing to it; never given out again otherwise.
+    """
+
+    __slots__ = ("_loose", "buffers", "prepared", "runner", "settled", "storages")
+
+    def __init__(self, storages: Mapping[str, Storage]) -> None:
+        self.storages = storages
+        self.buffers: Mapping[str, Buffer] = {name: Buffer(storage, None) for name, storage in storages.items()}
+        self._loose = [storage for storage in storages.values() if storage.packs]
+        self.prepared: Any = None
+        self.runner: Any = None
+        self.settled = True
+
+    def settle(self) -> None:
+        """Note that everything is written and no thread writes any more."""
+        for storage in self._loose:
+            storage.settle()
+        self.settled = True
+
+
+class RackLease:
+    """A rack while a weight set has it; the pool gets it back when the set is gone.
+
+    Attributes:
+        rack: the rack.
+    """
+
+    __slots__ = ("_pool", "_whole", "rack")
+
+    def __init__(self, rack: Rack, pool: BufferPool) -> None:
+        self.rack = rack
+        self._pool = pool
+        self._whole = True
+
+    def share(self) -> None:
+        """Let each of its buffers live as long as a weight set uses it: another one is about to share some of them.
+
+        Whoever calls this holds a weight set that has the lease.
+        """
+        if self._whole:
+            for buffer in self.rack.buffers.values():
+                buffer.owner = self._pool
+            self._whole = False
+
+    def __del__(self) -> None:
+        # In any thread: no lock may be taken here.
+        if self._whole:
+            self._pool.give_back_rack(self.rack)
 
 
 class BufferPool:
     """Gives buffers, and takes back those of dead weight sets so that the next refit touches no fresh memory.
 
     A fresh page costs about as much as copying it twice, so a refit soon after another one reuses what the dead set
-    left: at most one spare storage an engine weight. Spare memory that nobody took for a few seconds is freed.
-    Thread-safe without locks: the lists change by atomic operations only.
+    left: at most one spare storage an engine weight, alone or in a rack. Spare memory that nobody took for a few
+    seconds is freed. Thread-safe without locks: the lists change by atomic operations only.
 
     Args:
         specs: every engine weight there will be.
@@ -102,7 +169,9 @@ class BufferPool:
 
     def __init__(self, specs: Iterable[TensorSpec], rest: Callable[[], None] | None = None) -> None:
         self._rest = rest
-        self._spare: dict[str, list[Storage]] = {spec.name: [] for spec in specs}
+        self._specs = tuple(specs)
+        self._spare: dict[str, list[Storage]] = {spec.name: [] for spec in self._specs}
+        self._racks: list[Rack] = []
         self._keep = True
         self._used = threading.Event()
         self._deadline = 0.0
@@ -110,17 +179,38 @@ class BufferPool:
 
     def take(self, spec: TensorSpec) -> Buffer:
         """A buffer for this engine weight; its elements are zero or an older value of the same weight."""
+        return Buffer(self._taken(spec), self)
+
+    def _taken(self, spec: TensorSpec) -> Storage:
+        spare = self._spare[spec.name]
         try:
-            storage = self._spare[spec.name].pop()
+            if not spare and self._racks:
+                for name, storage in self._racks.pop().storages.items():
+                    self._spare[name].append(storage)
+            return spare.pop()
         except IndexError:
-            storage = Storage(spec)
-        return Buffer(storage, self)
+            return Storage(spec)
+
+    def take_all(self) -> RackLease:
+        """A rack of buffers for all engine weights, whose elements are as those of ``take``."""
+        try:
+            rack = self._racks.pop()
+        except IndexError:
+            rack = Rack({spec.name: self._taken(spec) for spec in self._specs})
+        return RackLease(rack, self)
 
     def give_back(self, storage: Storage) -> None:
         """Take back the storage of a dead buffer."""
         spare = self._spare[storage.spec.name]
-        if self._keep and storage.settled and not spare:
+        if self._keep and storage.settled and not spare and not self._racks:
             spare.append(storage)
+
+    def give_back_rack(self, rack: Rack) -> None:
+        """Take back a rack that no weight set has any more."""
+        if self._keep and rack.settled and not self._racks:
+            self._racks.append(rack)
+            for spare in self._spare.values():
+                spare.clear()
 
     def touch(self) -> None:
         """Note that buffers were taken: spare ones are kept for a few seconds from now."""
@@ -138,6 +228,7 @@ class BufferPool:
 
     def clear(self) -> None:
         """Free every spare storage."""
+        self._racks.clear()
         for spare in self._spare.values():
             spare.clear()
         if self._rest is not None and self._keep:

@@ -7,14 +7,14 @@ where no native code was compiled.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 
 from onnx_refit.engine.onnxruntime.batch import Batcher, Ready
-from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.buffers import Rack, Storage
 from onnx_refit.engine.onnxruntime.crew import Crew, Task
 from onnx_refit.engine.onnxruntime.packer import Caster, Packer
 from onnx_refit.engine.onnxruntime.program import Program
@@ -49,6 +49,27 @@ def _shared(tasks: list[Task]) -> list[Task]:
     return sorted(large, key=lambda task: -task[0])
 
 
+def _computed(needs: Mapping[str, str]) -> Sequence[str]:
+    """The computed values among these tensors."""
+    return [name for prefixed, name in needs.items() if prefixed.startswith(COMPUTED)]
+
+
+def _rest(sources: Mapping[str, Array], steady: Steady) -> Iterable[str]:
+    """The sources that are not in lasting memory."""
+    if len(sources) == len(steady.lasting) + len(steady.rest):
+        return steady.rest
+    return sources.keys() - steady.lasting.keys()
+
+
+def _besides(targets: Mapping[str, Storage], rack: Rack | None) -> Collection[Storage]:
+    """The targets that are not in the rack, all of whose storage is."""
+    if rack is None:
+        return targets.values()
+    if len(targets) == len(rack.storages):
+        return ()
+    return [storage for name, storage in targets.items() if name not in rack.storages]
+
+
 def _do(tasks: list[Task]) -> None:
     for _, call, arguments in tasks:
         call(*arguments)
@@ -71,6 +92,7 @@ class Steady:
 
     Attributes:
         lasting: the source weights in that memory.
+        rest: the other source weights.
         values: the computed values that are always in the same memory.
         flats: both, flat, by their prefixed names.
         writers: the engine weights that read nothing else.
@@ -79,11 +101,12 @@ class Steady:
     def __init__(
         self,
         lasting: Mapping[str, Array],
+        rest: Sequence[str],
         values: Mapping[str, Array],
         flats: Mapping[str, Array],
         writers: frozenset[str],
     ) -> None:
-        self.lasting, self.values, self.flats, self.writers = lasting, values, flats, writers
+        self.lasting, self.rest, self.values, self.flats, self.writers = lasting, rest, values, flats, writers
 
     def tasks(self, writer: Writer, storage: Storage) -> list[Task]:
         """What writes one of the writers' engine weights, made once for each storage."""
@@ -92,7 +115,7 @@ class Steady:
         return storage.steady[1]
 
 
-_UNSTEADY = Steady(_NOTHING, _NOTHING, _NOTHING, frozenset())
+_UNSTEADY = Steady(_NOTHING, (), _NOTHING, _NOTHING, frozenset())
 
 
 class Deriver:
@@ -140,6 +163,8 @@ class Deriver:
         self._needed = {n: self._only_sources(reads, self._program.needed_for) for n, reads in self._reads.items()}
         every = frozenset().union(*self._reads.values()) if self._reads else frozenset()
         self._all_needs = {name: name.partition(":")[2] for name in sorted(every)}
+        self._all_computed = _computed(self._all_needs)
+        self._every_moved = self._batcher is not None and len(self._batcher.names) == self._count
         self._readers: dict[str, set[str]] = {}
         for name, sources in self._sources.items():
             for source in sources:
@@ -190,6 +215,7 @@ class Deriver:
         targets: Mapping[str, Storage],
         inspector: Inspector | None = None,
         *,
+        rack: Rack | None = None,
         aside: bool = False,
     ) -> None:
         """Write these engine weights, and let the inspector look at the sources.
@@ -198,6 +224,7 @@ class Deriver:
             sources: see ``Backend.derive``.
             targets: engine weight -> where it goes.
             inspector: see ``Backend.derive``.
+            rack: where some of them, or all, lie together.
             aside: whether to leave the cores to others for the most part, and so to take a few times as long.
 
         Raises:
@@ -210,7 +237,7 @@ class Deriver:
                 for name in self._wide(targets):
                     tensors[WIDE + name] = self._widen(tensors[name])
                 claims, looks, tasks = self._looks(sources, targets, inspector)
-                ready = self._ready(targets, tensors, steady, claims, _PAUSE if aside else 0)
+                ready = self._ready(targets, rack, tensors, steady, claims, _PAUSE if aside else 0)
                 for name, writer in self._others(targets):
                     if name in steady.writers:
                         tasks += steady.tasks(writer, targets[name])
@@ -218,33 +245,41 @@ class Deriver:
                         tasks += writer.tasks(tensors, targets[name], looks.get(name, ()))
             except KeyError as error:
                 raise EngineError("a source weight that is needed was not given", where=error.args[0]) from error
-            for storage in targets.values():
+            single = _besides(targets, rack)
+            for storage in single:
                 storage.settled = False
+            if rack is not None:
+                rack.settled = False
             self._run(tasks, ready, alone=aside)
             if ready is not None:
                 ready.tell()
-            for storage in targets.values():
+            for storage in single:
                 storage.settle()
+            if rack is not None:
+                rack.settle()
 
     def _tensors(
         self, sources: Mapping[str, Array], needed: Mapping[str, str], inspector: Inspector | None
     ) -> tuple[dict[str, Array], Steady]:
         """Every tensor that is needed, flat; and what is as it was the last time."""
         lasting = _NOTHING if inspector is None else inspector.lasting
-        values = self._program.compute([n for space, n in needed.items() if space.startswith(COMPUTED)], sources)
+        wanted = self._all_computed if needed is self._all_needs else _computed(needed)
+        values = self._program.compute(wanted, sources)
         steady = self._steady if lasting else _UNSTEADY
         if lasting and (steady.lasting is not lasting or steady.values is not self._program.lasting):
             flats = {SOURCE + name: array.reshape(-1) for name, array in lasting.items()}
             flats.update((COMPUTED + name, array) for name, array in self._program.lasting.items())
             writers = frozenset(n for n, w in self._writers.items() if w.reads and w.reads <= flats.keys())
-            steady = self._steady = Steady(lasting, self._program.lasting, flats, writers)
+            rest = [name for name in self._keys if name not in lasting]
+            steady = self._steady = Steady(lasting, rest, self._program.lasting, flats, writers)
         tensors = dict(steady.flats)
-        for name, array in sources.items():
-            if name not in lasting:
-                tensors[self._keys[name]] = array.reshape(-1)
-        for name, array in values.items():
-            if COMPUTED + name not in steady.flats:
-                tensors[COMPUTED + name] = np.ascontiguousarray(array).reshape(-1)
+        keys = self._keys
+        for name in _rest(sources, steady):
+            tensors[keys[name]] = sources[name].reshape(-1)
+        if values is not steady.values:
+            for name, array in values.items():
+                if COMPUTED + name not in steady.flats:
+                    tensors[COMPUTED + name] = np.ascontiguousarray(array).reshape(-1)
         for name, recipe in self._staged.items():
             if name in needed:
                 tensors[name] = evaluate(recipe, tensors.__getitem__).reshape(-1)
@@ -259,7 +294,7 @@ class Deriver:
         others: list[Task] = []
         if inspector is not None:
             seen = frozenset() if self._batcher is None else self._batcher.seen
-            for name in sources.keys() - inspector.lasting.keys():
+            for name in _rest(sources, self._steady if inspector.lasting else _UNSTEADY):
                 array, look = sources[name], inspector.claim(name)
                 if look is None:
                     continue
@@ -275,6 +310,7 @@ class Deriver:
     def _ready(
         self,
         targets: Mapping[str, Storage],
+        rack: Rack | None,
         tensors: Mapping[str, Array],
         steady: Steady,
         claims: Mapping[str, Look],
@@ -284,8 +320,10 @@ class Deriver:
         batcher = self._batcher
         if batcher is None:
             return None
-        own = {name: storage for name, storage in targets.items() if name in batcher.names}
-        return batcher.ready(own, tensors, steady.flats, claims, pause) if own or claims else None
+        own = targets
+        if not self._every_moved:
+            own = {name: storage for name, storage in targets.items() if name in batcher.names}
+        return batcher.ready(own, tensors, steady.flats, claims, pause, rack) if own or claims else None
 
     def _others(self, targets: Mapping[str, Storage]) -> Iterable[tuple[str, Writer]]:
         """The targets that Python writes."""

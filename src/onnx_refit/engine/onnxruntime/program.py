@@ -54,7 +54,7 @@ class Program:
         """The source weights that computing a value takes: those of every value it is computed together with."""
         return frozenset().union(*(self._inputs[name] for name in self._groups[value]))
 
-    def compute(self, wanted: Collection[str], sources: Mapping[str, Array]) -> dict[str, Array]:
+    def compute(self, wanted: Collection[str], sources: Mapping[str, Array]) -> Mapping[str, Array]:
         """Values by name (at least the wanted ones): those in ``lasting`` are good until the next call.
 
         Raises:
@@ -70,6 +70,8 @@ class Program:
                         batch.compute(sources)
                     if not self.lasting:
                         self.lasting = {n: array for batch in self._all_batches() for n, array in batch.values.items()}
+                    if len(self.lasting) == len(self._values):
+                        return self.lasting
                     results.update(self.lasting)
                     groups = {frozenset(self._values.keys() - results.keys())}
                 else:

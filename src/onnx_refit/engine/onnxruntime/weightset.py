@@ -9,7 +9,7 @@ from copy import copy
 import numpy as np
 import onnxruntime as ort
 
-from onnx_refit.engine.onnxruntime.buffers import Buffer
+from onnx_refit.engine.onnxruntime.buffers import Buffer, RackLease
 from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_outputs, run_plain
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array, is_extension
@@ -110,6 +110,7 @@ class OnnxRuntimeWeightSet:
         shared_nbytes: bytes of those that another set has too.
         runner: what runs it at first.
         dead: takes the promoted runner when the set dies; None where there is only one tier.
+        lease: of the rack that the buffers are in; None where each has an owner.
     """
 
     def __init__(
@@ -119,8 +120,10 @@ class OnnxRuntimeWeightSet:
         shared_nbytes: int,
         runner: Runner,
         dead: list[object] | None,
+        lease: RackLease | None = None,
     ) -> None:
         self.buffers = buffers
+        self._lease = lease
         self.first = self.runner = runner
         self._nbytes = nbytes
         self._shared = shared_nbytes
@@ -150,6 +153,11 @@ class OnnxRuntimeWeightSet:
     def full_speed(self) -> Tiers:
         """When this set reaches its last tier of speed."""
         return self._tiers
+
+    def share(self) -> None:
+        """Let its buffers live on in a set that shares some of them."""
+        if self._lease is not None:
+            self._lease.share()
 
     def values(self) -> dict[str, Value]:
         """Engine weight -> value."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from onnx_refit.errors import MissingExtraError, ModelError, OnnxRefitError, WeightsError
-from onnx_refit.tensors import Array, TensorSpec, dtype_name
+from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype
 
 _CPU_DEVICES = {1, 3}  # kDLCPU, kDLCUDAHost
 _CUDA = 2  # kDLCUDA
@@ -32,7 +32,19 @@ _NATIVE: dict[np.dtype[Any], str] = {
 }
 
 
+_TEXT = frozenset({str})
+_ARRAY = frozenset({np.ndarray})
 _SINGLE = np.dtype(np.float32)  # asked after by identity: looking a dtype up takes as long as all other questions
+
+
+Form: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]
+"""Name, dtype and shape of an array."""
+
+
+def form_of(spec: TensorSpec) -> Form | None:
+    """The form of a tensor of static shape; None for a dtype that takes a closer look."""
+    dtype = numpy_dtype(spec.dtype)
+    return (spec.name, dtype, spec.static_shape) if dtype in _NATIVE else None
 
 
 def is_torch_tensor(value: object) -> bool:
@@ -147,7 +159,12 @@ class ArraysSource:
         self._description = description
         self._values = dict(arrays)
         self._others: dict[str, TensorSpec] = {}
-        for name, value in self._values.items():
+        if {*map(type, self._values)} <= _TEXT and {*map(type, self._values.values())} <= _ARRAY:
+            # Thousands of them, perhaps: most are told by identity alone.
+            left = [item for item in self._values.items() if item[1].dtype is not _SINGLE]  # type: ignore[attr-defined]
+        else:
+            left = list(self._values.items())
+        for name, value in left:
             if not isinstance(name, str):
                 raise WeightsError(f"the name {name!r} is no text", where=description)
             if type(value) is np.ndarray and (value.dtype is _SINGLE or value.dtype in _NATIVE):
@@ -176,24 +193,24 @@ class ArraysSource:
         array: Any = self._values[name]
         return TensorSpec(name, _NATIVE[array.dtype], array.shape)
 
-    def plain(self, specs: Iterable[TensorSpec]) -> dict[str, Array] | None:
-        """All tensors, if they are exactly these: NumPy arrays of these dtypes and shapes, C-contiguous; else None.
+    def plain(self, forms: Iterable[Form]) -> dict[str, Array] | None:
+        """All tensors, if they are exactly these: NumPy arrays of these forms, C-contiguous; else None.
 
         This asks as little as possible of each: a mapping may hold thousands.
         """
         found: dict[str, Array] = {}
-        values = self._values
-        for spec in specs:
-            array = values.get(spec.name)
+        give = self._values.get
+        for name, kind, shape in forms:
+            array = give(name)
             if (
                 type(array) is not np.ndarray
-                or array.shape != spec.shape
-                or not ((array.dtype is _SINGLE and spec.dtype == "float32") or _NATIVE.get(array.dtype) == spec.dtype)
+                or (array.dtype is not kind and array.dtype != kind)
+                or array.shape != shape
                 or not array.flags.c_contiguous
             ):
                 return None
-            found[spec.name] = array
-        return found if len(found) == len(values) else None
+            found[name] = array
+        return found if len(found) == len(self._values) else None
 
     def plain_part(self, specs: Mapping[str, TensorSpec]) -> dict[str, Array] | None:
         """All tensors, if they are some of these, as ``plain`` wants them, by name; else None."""
