@@ -31,6 +31,8 @@ class Packet:
         chosen = [spec for spec in specs if spec.dtype == "float32" and 0 < spec.size <= SMALL]
         self.names = tuple(spec.name for spec in chosen)
         self._shapes = [spec.static_shape for spec in chosen]
+        # Where all are vectors they need not be flattened, which takes half of the time.
+        self._axis = 0 if all(len(shape) == 1 for shape in self._shapes) else None
         ends = np.cumsum([spec.size for spec in chosen]).tolist()
         self._ranges = list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
         self.size: int = ends[-1] if ends else 0
@@ -51,7 +53,7 @@ class Packet:
     def join(self, arrays: Mapping[str, Array]) -> Array:
         """All weights, flat, in this packet's own memory: good until the next call."""
         joined = self._joined
-        if joined is None:
+        if joined is None or len(self._views) < len(self.names):  # somebody may be clearing them
             joined = np.empty(self.size, np.float32)
             self._views = {
                 name: joined[begin:end].reshape(shape)
@@ -59,7 +61,7 @@ class Packet:
             }
             self._joined = joined
         if self.names:
-            np.concatenate([arrays[name] for name in self.names], axis=None, out=joined)
+            np.concatenate([arrays[name] for name in self.names], axis=self._axis, out=joined)
         return joined
 
     @property

@@ -14,6 +14,7 @@ from onnx_refit.engine.onnxruntime.covering import covered
 from onnx_refit.engine.onnxruntime.moving import Slots, Unit, look_slots, looking, looks, units, watchable
 from onnx_refit.engine.protocol import Look
 from onnx_refit.errors import EngineError
+from onnx_refit.moves.addresses import address_of
 from onnx_refit.moves.library import LOOK, MOVE, NOWHERE, Library
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import Array
@@ -234,8 +235,7 @@ class Batcher:
         dtype, nbytes = self._forms[name]
         if flat.nbytes != nbytes or (flat.dtype is not dtype and flat.dtype != dtype) or not flat.flags.c_contiguous:
             raise EngineError(f"{flat.nbytes} bytes of {flat.dtype} instead of {nbytes} of {dtype}", where=name)
-        address: int = flat.__array_interface__["data"][0]
-        return address
+        return address_of(flat)
 
     def rest(self) -> None:
         """Keep no steady tensor alive."""
