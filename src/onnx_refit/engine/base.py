@@ -42,6 +42,11 @@ class CompiledBackend:
         """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
         return required(self._compiled.program, affected(self._compiled.program, changed))
 
+    @property
+    def neighbours(self) -> Sequence[str]:
+        """See ``Backend.neighbours``: it is all the same to this one."""
+        return ()
+
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")

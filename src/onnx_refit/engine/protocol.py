@@ -149,6 +149,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def neighbours(self) -> Sequence[str]:
+        """Source weights in the order in which the backend best finds them side by side in ``Inspector.lasting``."""
+        ...
+
+    @property
     def recoverable(self) -> frozenset[str]:
         """Source weights that ``recover`` gives back bit for bit, because their engine weights only rearrange them."""
         ...

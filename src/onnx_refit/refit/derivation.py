@@ -45,7 +45,11 @@ class Derivation:
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
         # What is kept comes first, here and there, so that it is copied in one go.
-        ordered = sorted(self._specs.values(), key=lambda spec: spec.name not in self._kept_names)
+        places = {name: place for place, name in enumerate(backend.neighbours)}
+        last = len(places)
+        ordered = sorted(
+            self._specs.values(), key=lambda spec: (spec.name not in self._kept_names, places.get(spec.name, last))
+        )
         self._packet = Packet(ordered)
         self._small = frozenset(self._packet.names)
         kept = [spec for spec in ordered if spec.name in self._kept_names]

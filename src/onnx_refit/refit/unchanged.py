@@ -13,7 +13,7 @@ from onnx_refit.refit.packet import Packet
 from onnx_refit.tensors import Array
 from onnx_refit.weights.scan import same_bits
 
-_SAMPLES = 32
+_SAMPLES = 8  # each of them is read from cold memory
 _FEW = 8  # of a small weight
 
 
@@ -32,7 +32,7 @@ class Samples:
 
 @lru_cache(maxsize=4096)
 def _positions(size: int) -> npt.NDArray[np.int64]:
-    """Up to 32 positions spread over a tensor, the same for every tensor of a size."""
+    """Up to 8 positions spread over a tensor, the same for every tensor of a size."""
     if size <= _SAMPLES:
         return np.arange(size)
     return np.random.default_rng(size).integers(0, size, _SAMPLES)
@@ -66,14 +66,14 @@ class Sampler:
             small = joined.view(np.uint32).take(self._positions)
             for name, array in arrays.items():
                 if name not in self._rows:
-                    others[name] = array.reshape(-1).take(_positions(array.size)).tobytes()
+                    others[name] = array.take(_positions(array.size)).tobytes()
             return Samples(small, others)
         shape = self._positions.shape
         small = np.empty(shape, np.uint32) if before is None else before.small.copy()
         for name, array in arrays.items():
             row = self._rows.get(name)
             if row is None:
-                others[name] = array.reshape(-1).take(_positions(array.size)).tobytes()
+                others[name] = array.take(_positions(array.size)).tobytes()
             else:
                 small[row] = array.reshape(-1).view(np.uint32).take(self._positions[row] - self._begins[row])
         return Samples(small, others)

@@ -90,6 +90,11 @@ class CudaGroup:
         return self._members[0].required(changed)
 
     @property
+    def neighbours(self) -> Sequence[str]:
+        """See ``Backend.neighbours``."""
+        return self._members[0].neighbours
+
+    @property
     def recoverable(self) -> frozenset[str]:
         """See ``Backend.recoverable``."""
         return self._members[0].recoverable

@@ -128,6 +128,11 @@ class OnnxRuntimeBackend(CompiledBackend):
         """Source weights that ``recover`` gives back bit for bit."""
         return self._recoverer.names
 
+    @property
+    def neighbours(self) -> Sequence[str]:
+        """See ``Backend.neighbours``."""
+        return self._deriver.neighbours
+
     def recover(self, weights: WeightSet, name: str) -> Array:
         """A source weight read back from a weight set (a new array); EngineError where it is not recoverable."""
         return self._recoverer.recover(name, {key: b.array for key, b in _own(weights).buffers.items()})

@@ -201,6 +201,11 @@ class Deriver:
         """How many engine weights native code writes."""
         return 0 if self._batcher is None else len(self._batcher.names)
 
+    @property
+    def neighbours(self) -> Sequence[str]:
+        """See ``Backend.neighbours``."""
+        return self._program.neighbours
+
     def needed_for(self, name: str) -> frozenset[str]:
         """The source weights that deriving an engine weight takes."""
         return self._needed[name]
@@ -264,7 +269,7 @@ class Deriver:
         """Every tensor that is needed, flat; and what is as it was the last time."""
         lasting = _NOTHING if inspector is None else inspector.lasting
         wanted = self._all_computed if needed is self._all_needs else _computed(needed)
-        values = self._program.compute(wanted, sources)
+        values = self._program.compute(wanted, sources, lasting)
         steady = self._steady if lasting else _UNSTEADY
         if lasting and (steady.lasting is not lasting or steady.values is not self._program.lasting):
             flats = {SOURCE + name: array.reshape(-1) for name, array in lasting.items()}

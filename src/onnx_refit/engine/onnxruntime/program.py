@@ -9,10 +9,12 @@ import onnx
 from onnx import NodeProto
 
 from onnx_refit.engine.onnxruntime.native import Binding, make_session, session_options
-from onnx_refit.engine.onnxruntime.vectors import Component, VectorBatch, batches
+from onnx_refit.engine.onnxruntime.vectors import Component, Group, VectorBatch, groups
 from onnx_refit.errors import EngineError
 from onnx_refit.model.graph import reads
 from onnx_refit.tensors import Array, TensorSpec, spec_of_value_info, value_info_of
+
+_NOTHING: Mapping[str, Array] = {}
 
 
 class Program:
@@ -39,10 +41,10 @@ class Program:
         self._sessions: dict[frozenset[str], tuple[Binding, tuple[str, ...], tuple[str, ...]]] = {}
         self._inputs: dict[str, frozenset[str]] = {}
         self._groups: dict[str, frozenset[str]] = {}
-        self._components: list[Component] = []
         self._batches: list[VectorBatch] | None = None
         self._members: dict[frozenset[str], tuple[VectorBatch, int]] = {}
         self.lasting: Mapping[str, Array] = {}
+        self._alike: list[Group] = []
         if model is not None and values:
             self._sort(restricted(model, [values[name] for name in sorted(values)]))
 
@@ -54,8 +56,20 @@ class Program:
         """The source weights that computing a value takes: those of every value it is computed together with."""
         return frozenset().union(*(self._inputs[name] for name in self._groups[value]))
 
-    def compute(self, wanted: Collection[str], sources: Mapping[str, Array]) -> Mapping[str, Array]:
+    @property
+    def neighbours(self) -> Sequence[str]:
+        """Source weights that are computed with together, in the order in which they are best given side by side."""
+        return list(dict.fromkeys(name for group in self._alike for name in group.neighbours))
+
+    def compute(
+        self, wanted: Collection[str], sources: Mapping[str, Array], lasting: Mapping[str, Array] = _NOTHING
+    ) -> Mapping[str, Array]:
         """Values by name (at least the wanted ones): those in ``lasting`` are good until the next call.
+
+        Args:
+            wanted: names of values.
+            sources: what they are computed from.
+            lasting: some of them, in the very same memory as long as this is the same mapping.
 
         Raises:
             EngineError: ONNX Runtime fails, or a source is missing.
@@ -67,7 +81,7 @@ class Program:
             try:
                 if len(wanted) == len(self._values):
                     for batch in self._all_batches():
-                        batch.compute(sources)
+                        batch.compute(sources, lasting)
                     if not self.lasting:
                         self.lasting = {n: array for batch in self._all_batches() for n, array in batch.values.items()}
                     if len(self.lasting) == len(self._values):
@@ -102,11 +116,8 @@ class Program:
     def _all_batches(self) -> list[VectorBatch]:
         if self._batches is None:
             assert self._model is not None
-            graph = self._model.graph
-            specs = {value.name: spec_of_value_info(value) for value in graph.input}
-            specs.update(self._values)
-            constants = {tensor.name: tensor for tensor in graph.initializer}
-            self._batches = batches(self._components, specs, constants, list(self._model.opset_import))
+            opsets = list(self._model.opset_import)
+            self._batches = [VectorBatch(group, opsets) for group in self._alike]
             self._members = {
                 frozenset(wanted): (batch, number) for batch in self._batches for number, wanted in batch.members
             }
@@ -152,7 +163,9 @@ class Program:
         nodes: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
             nodes.setdefault(find(next(name for name in node.output if name)), []).append(node)
-        self._components = [Component(tuple(nodes[root]), tuple(sorted(names))) for root, names in members.items()]
+        components = [Component(tuple(nodes[root]), tuple(sorted(names))) for root, names in members.items()]
+        specs = {value.name: spec_of_value_info(value) for value in model.graph.input}
+        self._alike = groups(components, {**specs, **self._values}, {t.name: t for t in model.graph.initializer})
         self._inputs = {name: needs[name] for name in self._values}
         self._groups = {name: frozenset(members[find(name)]) for name in self._values}
 

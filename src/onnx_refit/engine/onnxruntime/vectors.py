@@ -15,6 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from onnx_refit.engine.onnxruntime.native import Outlet, make_session, run_plain, session_options
+from onnx_refit.moves.addresses import address_of
 from onnx_refit.tensors import Array, TensorSpec, is_extension, numpy_dtype, onnx_dtype
 
 _ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Neg", "Reciprocal", "Abs", "Exp", "Identity"})
@@ -58,8 +59,9 @@ class VectorBatch:
         values: every value it computes, in the same memory each time until ``rest``; known after the first time.
     """
 
-    def __init__(self, form: _Form, members: Sequence[_Member], opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
-        self._members = tuple(members)
+    def __init__(self, group: Group, opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
+        form, members = group.form, group.members
+        self._members = members
         ends = np.cumsum([member.length for member in members])
         self._ranges = [(int(end) - member.length, int(end)) for end, member in zip(ends, members, strict=True)]
         kind = onnx_dtype(form.dtype)
@@ -77,35 +79,59 @@ class VectorBatch:
         self._session, self._inputs, self._wanted = session, inputs, form.wanted
         self._size, self._dtype = int(ends[-1]), numpy_dtype(form.dtype)
         self._bound: tuple[Outlet, list[Array]] | None = None
+        self._direct: tuple[Mapping[str, Array], Outlet, list[Array]] | None = None
+        self._results: list[Array] = []
         self.values: Mapping[str, Array] = {}
 
-    def compute(self, sources: Mapping[str, Array]) -> None:
-        """Bring ``values`` up to date."""
+    def compute(self, sources: Mapping[str, Array], lasting: Mapping[str, Array]) -> None:
+        """Bring ``values`` up to date.
+
+        Args:
+            sources: what it is computed from.
+            lasting: some of them, in the very same memory as long as this is the same mapping: where those of each
+                input lie side by side they are read there.
+        """
+        if not self._results:
+            self._results = self._remember()
+        if lasting and (self._direct is None or self._direct[0] is not lasting):
+            inputs = [
+                _side_by_side([lasting.get(m.inputs[k]) for m in self._members]) for k in range(len(self._inputs))
+            ]
+            found = [array for array in inputs if array is not None]
+            self._direct = (lasting, self._bind(found), found) if len(found) == len(inputs) else None
+        if lasting and self._direct is not None:
+            self._direct[1].run()
+            return
         if self._bound is None:
-            self._bound = self._bind()
-        outlet, inputs = self._bound
-        for k, joined in enumerate(inputs):
+            own = [np.empty(self._size, self._dtype) for _ in self._inputs]
+            self._bound = self._bind(own), own
+        outlet, copies = self._bound
+        for k, joined in enumerate(copies):
             np.concatenate([sources[member.inputs[k]] for member in self._members], out=joined)
         outlet.run()
 
-    def _bind(self) -> tuple[Outlet, list[Array]]:
-        """The session with memory for what it reads and writes, and what it reads."""
+    def _bind(self, inputs: Sequence[Array]) -> Outlet:
+        """The session, reading these and writing the results."""
         outlet = Outlet(self._session)
-        inputs, results = ([np.empty(self._size, self._dtype) for _ in names] for names in (self._inputs, self._wanted))
         for name, array in zip(self._inputs, inputs, strict=True):
             outlet.give(name, array)
-        for name, array in zip(self._wanted, results, strict=True):
+        for name, array in zip(self._wanted, self._results, strict=True):
             outlet.take(name, array)
+        return outlet
+
+    def _remember(self) -> list[Array]:
+        """Memory for the results, with the values in it."""
+        results = [np.empty(self._size, self._dtype) for _ in self._wanted]
         self.values = {
             name: result[begin:end]
             for member, (begin, end) in zip(self._members, self._ranges, strict=True)
             for name, result in zip(member.wanted, results, strict=True)
         }
-        return outlet, inputs
+        return results
 
     def rest(self) -> None:
         """Give the memory back; those who still have ``values`` keep theirs."""
-        self._bound, self.values = None, {}
+        self._bound, self._direct, self._results, self.values = None, None, [], {}
 
     @property
     def members(self) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -120,26 +146,52 @@ class VectorBatch:
         return dict(zip(member.wanted, run_plain(self._session, self._wanted, feeds), strict=True))
 
 
-def batches(
-    components: Sequence[Component],
-    specs: Mapping[str, TensorSpec],
-    constants: Mapping[str, TensorProto],
-    opsets: Sequence[onnx.OperatorSetIdProto],
-) -> list[VectorBatch]:
-    """The components that can be computed together, those of one form in one batch.
+@dataclass(frozen=True)
+class Group:
+    """Components of one form."""
+
+    form: _Form
+    members: tuple[_Member, ...]
+
+    @property
+    def neighbours(self) -> Iterator[str]:
+        """What they read, in the order in which it is best to lie side by side."""
+        for k in range(len(self.members[0].inputs)):
+            yield from (member.inputs[k] for member in self.members)
+
+
+def groups(
+    components: Sequence[Component], specs: Mapping[str, TensorSpec], constants: Mapping[str, TensorProto]
+) -> list[Group]:
+    """The components that can be computed together.
 
     Args:
         components: all components.
         specs: the specs of the sources that they read and of the values that are wanted.
         constants: the constants that they read.
-        opsets: the opsets of their nodes.
     """
     forms: dict[_Form, list[_Member]] = {}
     for component in components:
         found = _form(component, specs, constants)
         if found is not None:
             forms.setdefault(found[0], []).append(found[1])
-    return [VectorBatch(form, members, opsets) for form, members in forms.items() if len(members) >= _FEWEST]
+    return [Group(form, tuple(members)) for form, members in forms.items() if len(members) >= _FEWEST]
+
+
+def _side_by_side(arrays: Sequence[Array | None]) -> Array | None:
+    """One array over all of these, where each begins where the one before ends in the same memory; else None."""
+    first = arrays[0]
+    memory = None if first is None else first.base
+    if first is None or not isinstance(memory, np.ndarray) or memory.dtype != first.dtype or memory.ndim != 1:
+        return None
+    begin = end = address_of(first) - address_of(memory)
+    for array in arrays:
+        if array is None or array.base is not memory or address_of(array) - address_of(memory) != end:
+            return None
+        end += array.nbytes
+    if not memory.flags.c_contiguous or not all(array is not None and array.flags.c_contiguous for array in arrays):
+        return None
+    return memory[begin // memory.itemsize : end // memory.itemsize]
 
 
 def _form(
