@@ -41,6 +41,7 @@ class Derivation:
         self._backend = backend
         self._sources = compiled.sources
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
+        self._every = frozenset(self._specs)
         self._declared = Declared(self._specs.values())
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
@@ -131,21 +132,23 @@ class Derivation:
         with timed(seconds, "check"):
             report, arrays = self._check(given, current, options, finite_later=True)
         with timed(seconds, "compare"):
-            joined = self._packet.join(arrays) if self._small <= arrays.keys() else None
+            every = len(arrays) == len(self._specs)
+            joined = self._packet.join(arrays) if every or self._small <= arrays.keys() else None
             equal, samples = unchanged(self._sampler, arrays, joined, base.samples, current.read)
             finite = not (look and not_finite([arrays[name] for name in equal]))
             arrays = {name: array for name, array in arrays.items() if name not in equal} if equal else arrays
-        changed = frozenset(arrays)
-        full = len(changed) == len(self._specs)
+        full = every and not equal
+        changed = self._every if full else frozenset(arrays)
         with timed(seconds, "derive"):
-            keeping = self._retainer.keep(changed, base.retained)
+            keeping = self._retainer.keep(changed, None if full else base.retained)
             if full and joined is not None:
                 finite = not look or all_finite(joined)
                 if keeping.together is not None:
                     np.copyto(keeping.together, joined[: keeping.together.size])
                 lasting = self._packet.views
                 inspection = Inspection(arrays, keeping.targets, look=look, lasting=lasting)
-                weights = self._backend.derive({**arrays, **lasting}, inspector=inspection)
+                arrays.update(lasting)
+                weights = self._backend.derive(arrays, inspector=inspection)
             else:
                 inspection = Inspection(arrays, keeping.targets, look=look)
                 required = self._backend.required(changed)

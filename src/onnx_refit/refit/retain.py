@@ -261,7 +261,7 @@ class Retainer:
             changed: the weights that change; all of them if nothing was before.
             before: what was kept so far.
         """
-        names = self._layout.keys() & changed
+        names = self._layout.keys() if before is None else self._layout.keys() & changed
         if not names:
             return Keeping({}, lambda: Kept({}) if before is None else before)
         self._touch()
@@ -281,7 +281,7 @@ class Retainer:
         return Kept({**before.chunks, **dict.fromkeys(arrays, self._chunk(arrays))})
 
     def _all(self, arena: _Arena) -> Kept:
-        return Kept(dict.fromkeys(self._layout, self._chunk(_Leased(_Lease(arena, self._spare), self._layout))))
+        return Kept(_Throughout(self._layout, self._chunk(_Leased(_Lease(arena, self._spare), self._layout))))
 
     def _chunk(self, arrays: Mapping[str, Array]) -> _Chunk:
         chunk = _Chunk(arrays)

@@ -158,7 +158,8 @@ class Batcher:
         self._programs: dict[tuple[frozenset[str], frozenset[str]], _Program] = {}
         self._forms = {name: (dtype, sizes[name] * dtype.itemsize) for name, dtype in dtypes.items()}
         self._steady: Mapping[str, Array] = {}
-        self._template: list[int] = []
+        self._template = array("Q")
+        self._unsettled: tuple[_Program | None, Sequence[tuple[str, int]]] = None, ()
         self._settle(self._steady)
 
     def ready(
@@ -187,20 +188,22 @@ class Batcher:
         program = self._program(targets, claims)
         if steady is not self._steady:
             self._settle(steady)
-        # Lists, and arrays of the standard library: many single elements are written, which NumPy is slow at.
+        # Arrays of the standard library: many single elements are written, which NumPy is slow at; and copying a list
+        # touches every number in it.
         places = self._targets
         single: Iterable[tuple[str, Storage]] = targets.items()
         if rack is None:
-            addresses = self._template.copy()
+            addresses = self._template[:]
         else:
-            addresses = self._racked(rack).copy()
+            addresses = self._racked(rack)[:]
             racked = rack.storages
             single = [] if targets is racked else [(n, s) for n, s in single if n not in racked]
         for name, storage in single:
             addresses[places[name]] = storage.address
-        for name, slot in program.reads:
-            if not addresses[slot]:
-                addresses[slot] = self._address(name, tensors[name])
+        if program is not self._unsettled[0]:
+            self._unsettled = program, [read for read in program.reads if not self._template[read[1]]]
+        for name, slot in self._unsettled[1]:
+            addresses[slot] = self._address(name, tensors[name])
         flags = bytearray(len(claims) + 1)
         first = _buffer(flags)
         kept = 0
@@ -218,10 +221,9 @@ class Batcher:
                 kept += target.nbytes
             if look.watched:
                 addresses[flag] = first + number
-        table = array("Q", addresses)
         stream = int(program.nbytes + kept > _STREAMED)
-        header = array("q", (*program.places, table.buffer_info()[0], len(program.bounds) - 1, stream, pause, 0))
-        return Ready(header, program.elements, flags, tuple(claims.values()), (program, table, tensors, targets))
+        header = array("q", (*program.places, addresses.buffer_info()[0], len(program.bounds) - 1, stream, pause, 0))
+        return Ready(header, program.elements, flags, tuple(claims.values()), (program, addresses, tensors, targets))
 
     def work(self, ready: Ready) -> None:
         """Do units of a batch until none is left to begin; any number of threads may.
@@ -241,24 +243,24 @@ class Batcher:
         """Keep no steady tensor alive."""
         self._settle({})
 
-    def _racked(self, rack: Rack) -> list[int]:
+    def _racked(self, rack: Rack) -> array[int]:
         """The template with the addresses of a rack's storages, made once."""
         if rack.prepared is None or rack.prepared[0] is not self._template:
-            filled = self._template.copy()
+            filled = self._template[:]
             for name, storage in rack.storages.items():
                 if name in self._targets:
                     filled[self._targets[name]] = storage.address
             rack.prepared = self._template, filled
-        made: list[int] = rack.prepared[1]
+        made: array[int] = rack.prepared[1]
         return made
 
     def _settle(self, steady: Mapping[str, Array]) -> None:
         """Make a table of addresses in which those of the steady tensors are filled in."""
-        template = [0] * len(self._slots.numbers)
+        template = array("Q", bytes(8 * len(self._slots.numbers)))
         for name, flat in steady.items():
             if name in self._reads:
                 template[self._reads[name]] = self._address(name, flat)
-        self._template, self._steady = template, steady
+        self._template, self._steady, self._unsettled = template, steady, (None, ())
 
     def _program(self, targets: Collection[str], claims: Iterable[str]) -> _Program:
         alone = frozenset(name for name in claims if name in self._alone) if self._alone else frozenset()
