@@ -2,23 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import onnx
+import onnx.numpy_helper
 import onnxruntime as ort
 
 from onnx_refit.tensors import Array
+
+_LARGE = 1024  # bytes
 
 Run = Callable[[Mapping[str, Array]], object]
 
 
 def baked(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     """An ordinary ONNX Runtime session: everything optimised, weights prepacked."""
+    return ort.InferenceSession(model.SerializeToString(), _options(threads), providers=["CPUExecutionProvider"])
+
+
+def _options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return options
+
+
+class Rebuilder:
+    """How users of ONNX Runtime get new weights into a session today: another session.
+
+    Args:
+        model: the model; what it needs that is the same each time is made here.
+        threads: of the sessions.
+        names: the weights that change.
+    """
+
+    def __init__(self, model: onnx.ModelProto, threads: int, names: Collection[str]) -> None:
+        self._threads = threads
+        self._model = onnx.ModelProto()
+        self._model.CopyFrom(model)
+        graph = self._model.graph
+        nodes = []
+        for node in graph.node:  # some exporters keep weights in Constant nodes
+            if node.op_type == "Constant" and node.output[0] in names and node.attribute[0].name == "value":
+                graph.initializer.append(node.attribute[0].t)
+                graph.initializer[-1].name = node.output[0]
+            else:
+                nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(nodes)
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
+        elsewhere = onnx.ModelProto()
+        elsewhere.CopyFrom(self._model)
+        self._large: list[str] = []
+        for tensor in elsewhere.graph.initializer:
+            if tensor.name in names and (nbytes := onnx.numpy_helper.to_array(tensor).nbytes) >= _LARGE:
+                self._large.append(tensor.name)
+                tensor.CopyFrom(
+                    onnx.TensorProto(
+                        name=tensor.name,
+                        data_type=tensor.data_type,
+                        dims=tensor.dims,
+                        data_location=onnx.TensorProto.EXTERNAL,
+                        external_data=[
+                            onnx.StringStringEntryProto(key=key, value=value)
+                            for key, value in (("location", "w"), ("offset", "0"), ("length", str(nbytes)))
+                        ],
+                    )
+                )
+        self._elsewhere = elsewhere
+        self._small = {t.name: t for t in elsewhere.graph.initializer if t.name in names} if self._large else {}
+
+    def serialised(self, weights: Mapping[str, Array]) -> ort.InferenceSession:
+        """The usual way: the weights put into the model, the model serialised, a session made of it."""
+        for name, tensor in self._tensors.items():
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights[name], name))
+        return baked(self._model, self._threads)
+
+    def handed_over(self, weights: Mapping[str, Array]) -> ort.InferenceSession:
+        """The quickest way there is: large weights handed to the session as arrays, nothing of them serialised."""
+        for name, tensor in self._small.items():
+            if name not in self._large:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(weights[name], name))
+        options = _options(self._threads)
+        values = [ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in self._large]
+        options.add_external_initializers(list(self._large), values)
+        return ort.InferenceSession(self._elsewhere.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def openvino(model: onnx.ModelProto, threads: int, precision: str) -> Run:
