@@ -309,7 +309,7 @@ def test_who_works_on_a_batch_keeps_all_that_it_points_at() -> None:
     tensors: dict[str, Array] = {PREFIX + "w": np.ones(100, np.float32)}
     held = weakref.ref(tensors[PREFIX + "w"])
     made = batcher(recipe, tensors)
-    made.library = Library(work)
+    made.library = Library(work, *[lambda *_: 0] * 3)
     batches = [made.ready({"t": Storage(recipe.spec)}, tensors, {}, {})]
     thread = threading.Thread(target=lambda: made.work(batches.pop()))
     thread.start()

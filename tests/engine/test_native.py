@@ -93,6 +93,7 @@ def test_a_missing_or_broken_file_is_done_without(content: bytes | None, tmp_pat
 def test_a_file_of_another_version_is_refused(hook: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "moves.c"
     source.write_text(SOURCE.read_text().replace("int64_t lines;", "int64_t lines, more;"))
+    shutil.copy(SOURCE.with_name("arrays.h"), tmp_path)
     assert hook.compiled(source, tmp_path / FILE) == ""
     found = load(tmp_path)
     assert isinstance(found, Absent)
@@ -135,6 +136,11 @@ def test_nothing_that_c_leaves_undefined_is_done(
         "tests.test_any_order_of_axes()\n"
         "tests.test_products_are_those_of_numpy()\n"
         "tests.test_what_is_not_finite_is_seen_wherever_it_is()\n"
+        "import tests.engine.test_roll as roll\n"
+        "roll.found = tests.found\n"
+        "roll.test_it_is_native_where_it_was_compiled()\n"
+        "roll.test_both_ways_say_the_same()\n"
+        "roll.test_joining_and_sampling_read_what_numpy_reads()\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # a trap ends the process

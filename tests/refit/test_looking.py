@@ -168,7 +168,7 @@ def test_samples_tell_small_and_large_weights_that_changed() -> None:
     rng = np.random.default_rng(0)
     specs = [TensorSpec(f"s{k}", "float32", (k + 1,)) for k in range(40)] + [TensorSpec("l", "float32", (20_000,))]
     packet = Packet(specs)
-    sampler = Sampler(packet)
+    sampler = Sampler(packet, {spec.name: spec for spec in specs})
     current = {spec.name: rng.standard_normal(spec.static_shape).astype(np.float32) for spec in specs}
     before = sampler.take(current, None, None)
     given = {name: array.copy() for name, array in current.items()}

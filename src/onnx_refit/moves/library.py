@@ -33,7 +33,7 @@ FILE = "_moves.so"
 OFF = "ONNX_REFIT_PORTABLE"
 """Environment variable: anything but nothing or 0 means to do without the native code."""
 
-_VERSION = 2
+_VERSION = 3
 _EXPECTED = _VERSION * 1_000_000 + MOVE.itemsize * 1000 + 8 * len(BATCH)
 
 
@@ -44,9 +44,16 @@ class Library:
     Attributes:
         work: does the units of the batch at this address that nobody has begun; returns when none is left to begin.
             Any number of threads may work on one batch; it does not hold the interpreter's lock.
+        call: asks arrays what they are; like the next two it holds the lock, so that none of them changes meanwhile.
+            All three are explained in ``arrays.h`` and used by ``roll``.
+        join: copies the elements of some of them together.
+        sample: reads a few elements of some of them.
     """
 
     work: Callable[[int], None]
+    call: Callable[..., int]
+    join: Callable[..., None]
+    sample: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         library = ctypes.CDLL(str(path))
         version = library.onnx_refit_version
         work = library.onnx_refit_work
+        held = ctypes.PyDLL(str(path))
+        call, join, sample = held.onnx_refit_call, held.onnx_refit_join, held.onnx_refit_sample
     except (OSError, AttributeError) as error:
         return Absent(f"{path.name} cannot be used: {error}")
     version.restype = ctypes.c_int64
@@ -76,4 +85,11 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         return Absent(f"{path.name} was compiled from another version of the source: install the package again")
     work.restype = None
     work.argtypes = (ctypes.c_void_p,)
-    return Library(work)
+    for function, result, arguments in (
+        (call, ctypes.c_int64, "aiaaaa"),
+        (join, None, "aaaia"),
+        (sample, None, "aaaaaia"),
+    ):
+        function.restype = result
+        function.argtypes = tuple(ctypes.c_int64 if kind == "i" else ctypes.c_void_p for kind in arguments)
+    return Library(work, call, join, sample)

@@ -29,10 +29,12 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
 
-#define VERSION 2
+#define VERSION 3
 #define RANK 6
 #define LANES 16
 #define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */
+
+#include "arrays.h"
 
 /* The same numbers and fields as in library.py. */
 enum { LOOK = 0, ROWS = 1, TILES = 2, WALK = 3, GATHER = 4 };

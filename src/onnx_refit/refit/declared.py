@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from onnx_refit.moves.library import load
+from onnx_refit.moves.roll import Roll
 from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check_report import AsDeclared, CheckReport, NotGiven
 from onnx_refit.tensors import Array, TensorSpec
@@ -16,12 +18,16 @@ class Declared:
 
     Args:
         specs: their names, dtypes and static shapes, in the model's order.
+
+    Attributes:
+        roll: all of them; None where some take a closer look.
     """
 
     def __init__(self, specs: Iterable[TensorSpec]) -> None:
         self._specs = tuple(specs)
         forms = [form_of(spec) for spec in self._specs]
-        self._forms = [form for form in forms if form is not None] if None not in forms else None
+        known = [form for form in forms if form is not None]
+        self.roll = Roll(known, load()) if len(known) == len(forms) else None
         self._named = {spec.name: spec for spec in self._specs}
         self._places = {spec.name: place for place, spec in enumerate(self._specs)}
 
@@ -39,10 +45,10 @@ class Declared:
             return None
         count = len(weights.values)
         if count == len(self._specs) or not options.partial:
-            arrays = None if self._forms is None else weights.plain(self._forms)
-            if arrays is None:
+            called = None if self.roll is None else weights.plain(self.roll)
+            if called is None:
                 return None
-            return CheckReport(weights.description, options.partial, AsDeclared(self._specs), (), (), ()), arrays
+            return CheckReport(weights.description, options.partial, AsDeclared(self._specs), (), (), ()), called
         found = weights.plain_part(self._named) if count else None
         if found is None:
             return None

@@ -51,14 +51,14 @@ class Derivation:
         ordered = sorted(
             self._specs.values(), key=lambda spec: (spec.name not in self._kept_names, places.get(spec.name, last))
         )
-        self._packet = Packet(ordered)
+        self._packet = Packet(ordered, self._declared.roll)
         self._small = frozenset(self._packet.names)
         kept = [spec for spec in ordered if spec.name in self._kept_names]
         kept.sort(key=lambda spec: spec.name not in self._small)
         # Whoever reads the packet meanwhile holds its array, and finds the views of another one or none.
         together = len(self._small & self._kept_names)
         self._retainer = Retainer(kept, disk=cold, together=together, rest=self._packet.clear)
-        self._sampler = Sampler(self._packet)
+        self._sampler = Sampler(self._packet, self._specs)
         self._on_device = isinstance(backend, InPlace)
         self.in_place = InPlaceRefit(
             backend, compiled.sources, self._kept_names, self._constants, self._retainer, self._sampler

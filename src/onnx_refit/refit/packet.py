@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from onnx_refit.moves.addresses import address_of
+from onnx_refit.moves.roll import Called, Joined, Roll
 from onnx_refit.tensors import Array, TensorSpec
 
 SMALL = 1 << 13  # elements
@@ -25,9 +27,10 @@ class Packet:
 
     Args:
         specs: all weights there are, in the order wanted.
+        roll: all weights there are, where they are looked at together.
     """
 
-    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, specs: Iterable[TensorSpec], roll: Roll | None = None) -> None:
         chosen = [spec for spec in specs if spec.dtype == "float32" and 0 < spec.size <= SMALL]
         self.names = tuple(spec.name for spec in chosen)
         self._shapes = [spec.static_shape for spec in chosen]
@@ -36,6 +39,8 @@ class Packet:
         ends = np.cumsum([spec.size for spec in chosen]).tolist()
         self._ranges = list(zip([0, *ends[:-1]], ends, strict=True)) if ends else []
         self.size: int = ends[-1] if ends else 0
+        self.roll = roll
+        self._native = None if roll is None or roll.native is None else Joined(roll, self.names)
         self._joined: Array | None = None
         self._views: dict[str, Array] = {}
 
@@ -60,7 +65,10 @@ class Packet:
                 for name, (begin, end), shape in zip(self.names, self._ranges, self._shapes, strict=True)
             }
             self._joined = joined
-        if self.names:
+        addresses = arrays.addresses if isinstance(arrays, Called) else None
+        if self._native is not None and addresses is not None:
+            self._native.into(addresses, address_of(joined))
+        elif self.names:
             np.concatenate([arrays[name] for name in self.names], axis=self._axis, out=joined)
         return joined
 

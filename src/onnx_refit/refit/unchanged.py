@@ -9,8 +9,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from onnx_refit.moves.roll import Called, Sampled
 from onnx_refit.refit.packet import Packet
-from onnx_refit.tensors import Array
+from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.scan import same_bits
 
 _SAMPLES = 8  # each of them is read from cold memory
@@ -43,15 +44,20 @@ class Sampler:
 
     Args:
         packet: the weights that are looked at together.
+        specs: all weights there are.
     """
 
-    def __init__(self, packet: Packet) -> None:
+    def __init__(self, packet: Packet, specs: Mapping[str, TensorSpec]) -> None:
         self._rows = {name: row for row, name in enumerate(packet.names)}
         self._names = packet.names
         self._positions = packet.positions(_FEW)
         self._begins = self._positions - self._positions  # filled below: where each weight begins in the packet
         for row, name in enumerate(packet.names):
             self._begins[row] = packet.range(frozenset({name}))[0]
+        self._native: Sampled | None = None
+        if packet.roll is not None and packet.roll.native is not None:
+            others = {name: _positions(spec.size) for name, spec in specs.items() if name not in self._rows}
+            self._native = Sampled(packet.roll, others)
 
     def take(self, arrays: Mapping[str, Array], joined: Array | None, before: Samples | None) -> Samples:
         """Samples of a whole version.
@@ -64,6 +70,9 @@ class Sampler:
         others = {} if before is None else dict(before.others)
         if joined is not None:
             small = joined.view(np.uint32).take(self._positions)
+            addresses = arrays.addresses if isinstance(arrays, Called) else None
+            if self._native is not None and addresses is not None:
+                return Samples(small, self._native.take(addresses))
             for name, array in arrays.items():
                 if name not in self._rows:
                     others[name] = array.take(_positions(array.size)).tobytes()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from onnx_refit.errors import MissingExtraError, ModelError, OnnxRefitError, WeightsError
+from onnx_refit.moves.roll import Called, Form, Roll
 from onnx_refit.tensors import Array, TensorSpec, dtype_name, numpy_dtype
 
 _CPU_DEVICES = {1, 3}  # kDLCPU, kDLCUDAHost
@@ -35,10 +36,6 @@ _NATIVE: dict[np.dtype[Any], str] = {
 _TEXT = frozenset({str})
 _ARRAY = frozenset({np.ndarray})
 _SINGLE = np.dtype(np.float32)  # asked after by identity: looking a dtype up takes as long as all other questions
-
-
-Form: TypeAlias = tuple[str, np.dtype[Any], tuple[int, ...]]
-"""Name, dtype and shape of an array."""
 
 
 def form_of(spec: TensorSpec) -> Form | None:
@@ -193,24 +190,9 @@ class ArraysSource:
         array: Any = self._values[name]
         return TensorSpec(name, _NATIVE[array.dtype], array.shape)
 
-    def plain(self, forms: Iterable[Form]) -> dict[str, Array] | None:
-        """All tensors, if they are exactly these: NumPy arrays of these forms, C-contiguous; else None.
-
-        This asks as little as possible of each: a mapping may hold thousands.
-        """
-        found: dict[str, Array] = {}
-        give = self._values.get
-        for name, kind, shape in forms:
-            array = give(name)
-            if (
-                type(array) is not np.ndarray
-                or (array.dtype is not kind and array.dtype != kind)
-                or array.shape != shape
-                or not array.flags.c_contiguous
-            ):
-                return None
-            found[name] = array
-        return found if len(found) == len(self._values) else None
+    def plain(self, roll: Roll) -> Called | None:
+        """All tensors, if they are exactly those of the roll."""
+        return roll.call(self._values)
 
     def plain_part(self, specs: Mapping[str, TensorSpec]) -> dict[str, Array] | None:
         """All tensors, if they are some of these, as ``plain`` wants them, by name; else None."""
