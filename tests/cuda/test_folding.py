@@ -22,8 +22,8 @@ from onnx_refit.errors import RefitRejectedError  # noqa: E402
 from onnx_refit.tensors import Array  # noqa: E402
 
 from .models import make, mlp, random_like, weight  # noqa: E402
+from .taken import bits, by_host, loaded, planned, there  # noqa: E402
 from .test_backend import rows, same, wanted  # noqa: E402
-from .test_device_refits import bits, by_host, device, loaded, planned, there  # noqa: E402, F401
 
 pytestmark = pytest.mark.torch
 
@@ -47,7 +47,7 @@ def held(engine: Any) -> Any:
     return engine._versions.current.weights
 
 
-def test_a_whole_refit_writes_the_sources_and_not_what_is_made_of_them(device: str) -> None:  # noqa: F811
+def test_a_whole_refit_writes_the_sources_and_not_what_is_made_of_them(device: str) -> None:
     plan = planned(two_products())
     assert plan.weights is not None
     with loaded(plan, device) as engine:
@@ -66,7 +66,7 @@ def test_a_whole_refit_writes_the_sources_and_not_what_is_made_of_them(device: s
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
-def test_versions_answer_in_any_order(precision: Precision, device: str) -> None:  # noqa: F811
+def test_versions_answer_in_any_order(precision: Precision, device: str) -> None:
     """Whole refits, partial ones over them, host ones between; each version asked after each other one."""
     model, x = two_products(), rows(3)
     plan = planned(model)
@@ -115,7 +115,7 @@ def test_versions_answer_in_any_order(precision: Precision, device: str) -> None
             assert all(np.array_equal(read.read(name), array) for name, array in states[number].items())
 
 
-def test_what_is_made_has_the_bits_of_the_host(device: str) -> None:  # noqa: F811
+def test_what_is_made_has_the_bits_of_the_host(device: str) -> None:
     """Where graphs read it, and where somebody asks for a single weight."""
     plan = planned(two_products())
     assert plan.weights is not None
@@ -130,7 +130,7 @@ def test_what_is_made_has_the_bits_of_the_host(device: str) -> None:  # noqa: F8
         assert bits(engine) == expected
 
 
-def test_each_answer_is_of_one_version_while_refits_go_on(device: str) -> None:  # noqa: F811
+def test_each_answer_is_of_one_version_while_refits_go_on(device: str) -> None:
     model, x = two_products(), rows(16)
     plan = planned(model)
     assert plan.weights is not None

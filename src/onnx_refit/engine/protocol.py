@@ -225,7 +225,6 @@ class InPlace(Protocol):
         holder: Holder,
         positions: Mapping[str, Array],
         before: Mapping[str, bytes],
-        *,
         look: bool,
     ) -> Taken | None:
         """Check the weights that are in the tensors now, and derive a weight set; nothing that runs is touched.

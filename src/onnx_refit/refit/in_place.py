@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from onnx_refit.engine.protocol import Backend, InPlace, Taken
 from onnx_refit.errors import RefitError
@@ -60,17 +60,13 @@ class Known:
     steady: bool
 
 
-class Pending(NamedTuple):
-    """A candidate that a device is making.
+Pending: TypeAlias = tuple[Candidate, Callable[[], Candidate | None]]
+"""A candidate that a device is making, and what waits for it, once, before another one is begun.
 
-    Attributes:
-        candidate: what it is if all weights change, as is likely; good for nothing before it is settled.
-        settle: waits, once, before another one is begun. It gives the candidate, the same object where all weights
-            change; None where something about the weights has to be said, or where the tensors are others.
-    """
-
-    candidate: Candidate
-    settle: Callable[[], Candidate | None]
+The candidate is what comes of it if all weights change, as is likely; it is good for nothing before it is waited for.
+Waiting gives the candidate, the same object where all weights change; None where something about the weights has to be
+said, or where the tensors are others.
+"""
 
 
 class InPlaceRefit:
@@ -120,17 +116,17 @@ class InPlaceRefit:
         """
         if self._device is None:
             return None
+        if type(source) is BoundWeights:
+            known = source.known
+            if source.owner is not self or not (options is None or options == known.options):
+                return None
+            return self._begin(known, source.tensors, base, seconds)
         started = time.perf_counter()
         found = self._recognised(source, options)
         seconds["open"] = time.perf_counter() - started
         return None if found is None else self._begin(*found, base, seconds)
 
     def _recognised(self, source: object, options: CheckOptions | None) -> tuple[Known, Sequence[object]] | None:
-        if type(source) is BoundWeights:
-            known, tensors = source.known, source.tensors
-            if source.owner is not self or not (options is None or options == known.options):
-                return None
-            return known, tensors
         last = self._last
         if last is None or not isinstance(source, Mapping):
             return None
@@ -180,7 +176,7 @@ class InPlaceRefit:
         if known is None or origin is None:
             return None
         pending = self._begin(known, known.pick(origin.tensors), base, seconds)
-        found = None if pending is None else pending.settle()
+        found = None if pending is None else pending[1]()
         if found is not None and known.steady:
             self._last = known
         return found
@@ -224,15 +220,11 @@ class InPlaceRefit:
         self, known: Known, tensors: Sequence[object], base: Version, seconds: dict[str, float]
     ) -> Pending | None:
         assert self._device is not None
-        started = time.perf_counter()
+        started, samples = time.perf_counter(), base.samples
+        marks = samples.marks if type(samples) is Elsewhere else self._sampler.elements(samples)
+        look = not known.options.allow_nonfinite
         taken = self._device.take(
-            known.attached,
-            tensors,
-            base.weights,
-            base.retained.holder,
-            self._positions,
-            self._sampler.elements(base.samples),
-            look=not known.options.allow_nonfinite,
+            known.attached, tensors, base.weights, base.retained.holder, self._positions, marks, look
         )
         if taken is None:
             return None
@@ -248,7 +240,7 @@ class InPlaceRefit:
             "check": known.report,
         }
         candidate = frozen(Candidate, fields)
-        return Pending(candidate, partial(self._settle, candidate, taken, base, started, seconds))
+        return candidate, partial(self._settle, candidate, taken, base, started, seconds)
 
     def _settle(
         self, candidate: Candidate, taken: Taken, base: Version, started: float, seconds: dict[str, float]

@@ -67,11 +67,13 @@ class MemoryLedger:
 
     def first(self, weights: Mapping[str, Array], source: str) -> int:
         """1, or the next number."""
-        return self._next()
+        self._last += 1
+        return self._last
 
     def commit(self, changed: Iterable[str], weights: WeightSource, parent: int | None) -> int:
         """The next number."""
-        return self._next()
+        self._last = number = self._last + 1
+        return number
 
     def rollback(self, number: int) -> None:
         """Do nothing."""
@@ -93,10 +95,6 @@ class MemoryLedger:
 
     def close(self) -> None:
         """Do nothing."""
-
-    def _next(self) -> int:
-        self._last += 1
-        return self._last
 
 
 class StoreLedger:

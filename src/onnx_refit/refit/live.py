@@ -228,7 +228,7 @@ class Engine:
         with self._staging:
             self._require_open()
             pending = self._derivation.in_place.again(source, options, self._versions.current, seconds)
-            found = None if pending is None else pending.settle()
+            found = None if pending is None else pending[1]()
             return self._looked_at(source, options, seconds) if found is None else found
 
     def _looked_at(self, source: WeightsLike, options: CheckOptions | None, seconds: dict[str, float]) -> Candidate:
@@ -285,7 +285,7 @@ class Engine:
                 serving the weights it had.
         """
         if canary is None:  # then nobody sees it staged
-            return self._refit(source, _partly(options, partial), {})
+            return self._refit(source, _partly(options, partial) if partial else options)
         with self.stage(source, options, partial=partial) as staged:
             staged.canary(canary)
             return staged.commit()
@@ -294,21 +294,25 @@ class Engine:
         """Publish a staged refit of this engine; called by ``Staged.commit``, which documents it."""
         return self._publish(staged.candidate, staged.seconds)
 
-    def _refit(self, source: WeightsLike, options: CheckOptions | None, seconds: dict[str, float]) -> RefitReport:
+    def _refit(self, source: WeightsLike, options: CheckOptions | None) -> RefitReport:
         """Stage and publish at once. Where a device makes the candidate, all else is made while it works."""
+        seconds: dict[str, float] = {}
         with self._staging:
-            self._require_open()
+            if self._closed:
+                self._require_open()
             pending = self._derivation.in_place.again(source, options, self._versions.current, seconds)
             if pending is not None:
-                ready = self._publisher.ready(pending.candidate)
-                candidate = pending.settle()
+                likely, settle = pending
+                ready = self._publisher.ready(likely)
+                candidate = settle()
                 if candidate is not None:
-                    return self._publish(candidate, seconds, ready if candidate is pending.candidate else None)
+                    return self._publish(candidate, seconds, ready if candidate is likely else None)
             return self._publish(self._looked_at(source, options, seconds), seconds)
 
     def _publish(self, candidate: Candidate, seconds: dict[str, float], ready: Ready | None = None) -> RefitReport:
         with self._lock:
-            self._require_open()
+            if self._closed:
+                self._require_open()
             return self._publisher.publish(candidate, seconds, ready)
 
     def rollback(self, to: int | None = None) -> RefitReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from onnx_refit.errors import RefitError
 from onnx_refit.refit.derivation import Derivation
@@ -15,20 +15,13 @@ from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.versions import Version, VersionTable
 from onnx_refit.refit.view import VersionWeights
 
+Ready: TypeAlias = tuple[VersionWeights, dict[str, Any], dict[str, Any]]
+"""What a commit needs of a candidate, whenever it comes.
 
-class Ready(NamedTuple):
-    """What a commit needs of a candidate, whenever it comes.
-
-    Attributes:
-        weights: the candidate's source weights. Read back from the staged set, because the caller's arrays may have
-            changed since they were checked.
-        version: the version's fields, but its number and its time.
-        report: the report's, but the versions' numbers and the seconds.
-    """
-
-    weights: VersionWeights
-    version: dict[str, Any]
-    report: dict[str, Any]
+The candidate's source weights, read back from the staged set, because the caller's arrays may have changed since they
+were checked; the fields of the version, but its number and its time; those of the report, but the versions' numbers and
+the seconds.
+"""
 
 
 class Publisher:
@@ -49,7 +42,7 @@ class Publisher:
 
     def ready(self, candidate: Candidate) -> Ready:
         """Everything that can be made before the commit; it publishes nothing and needs no lock."""
-        return Ready(self._derivation.weights_of(candidate), candidate.fields(), self._account.fields(candidate))
+        return self._derivation.weights_of(candidate), candidate.fields(), self._account.fields(candidate)
 
     def publish(self, candidate: Candidate, seconds: dict[str, float], ready: Ready | None = None) -> RefitReport:
         """Write a candidate down and make it the version that answers.

@@ -171,7 +171,8 @@ class VersionTable:
 
     def _remember(self, version: Version) -> None:
         number = version.number
-        self._newest = max(self._newest, number)
+        if number > self._newest:
+            self._newest = number
         self._held[number] = version
         if number in self._order:
             self._order.remove(number)

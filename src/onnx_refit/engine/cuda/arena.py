@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
+from onnx_refit.engine.cuda.memory import Memory
 from onnx_refit.engine.cuda.plain import Plain
 from onnx_refit.tensors import TensorSpec
 
@@ -59,6 +60,7 @@ class Layout:
         stem: bytes of these others, with the gaps between them.
         payload: bytes of all slots.
         nbytes: the same with the gaps between them.
+        room: bytes to allocate, at least one.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Layout:
         self.payload = sum(slot.nbytes for slot in slots.values())
         self.nbytes = _aligned(end, ALIGNMENT)
         self.stem = self.nbytes if stem is None else stem
+        self.room = max(1, self.nbytes)
 
     @cached_property
     def plain(self) -> tuple[Slot, ...]:
@@ -132,21 +135,26 @@ class Arena:
         layout: what lies where.
         storage: uint8 on the device, where the bytes are; ``[layout.nbytes]`` unless they share it with others.
         begin: where they begin in it, in bytes.
+        memory: what the storage is lent from; None where it is its own.
 
     Args:
         layout: see above.
         device: where.
         storage: see above; None for memory of its own.
         begin: see above.
+        memory: see above.
     """
 
-    def __init__(self, layout: Layout, device: Any, storage: Tensor | None = None, begin: int = 0) -> None:
+    def __init__(
+        self, layout: Layout, device: Any, storage: Tensor | None = None, begin: int = 0, memory: Memory | None = None
+    ) -> None:
         self.serial = next(_serials)
         self.layout = layout
         self.storage: Tensor = (
-            torch.empty(max(1, layout.nbytes), dtype=torch.uint8, device=device) if storage is None else storage
+            torch.empty(layout.room, dtype=torch.uint8, device=device) if storage is None else storage
         )
         self.begin = begin
+        self.memory = memory
 
     @property
     def pointer(self) -> int:
@@ -159,6 +167,7 @@ class Arena:
 
     def raw(self, name: str) -> Tensor:
         """The elements of a slot as they lie, [elements]."""
+        self.keep()
         slot = self.layout.slots[name]
         begin = self.begin + slot.offset
         return self.storage[begin : begin + slot.nbytes].view(slot.dtype)
@@ -174,6 +183,11 @@ class Arena:
     def views(self) -> Mapping[str, Tensor]:
         """Name -> engine weight; made when first asked for, which most refits never do."""
         return {name: self.view(name) for name in self.layout.slots}
+
+    def keep(self) -> None:
+        """Somebody may read these bytes who does not hold this arena; see ``Memory``."""
+        if self.memory is not None:
+            self.memory.keep()
 
     @property
     def later(self) -> frozenset[str]:

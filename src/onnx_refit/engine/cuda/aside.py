@@ -80,7 +80,7 @@ class Places:
         row: weight -> its row.
         positions: int64 ``[weights, 32]``, flat positions in each weight; -1 is none.
         itemsizes: bytes of an element of each.
-        spare: memory of samples that nobody holds any more.
+        spare: memory of samples that nobody holds any more, and its address.
 
     Args:
         specs: all source weights.
@@ -90,7 +90,7 @@ class Places:
 
     def __init__(self, specs: Mapping[str, TensorSpec], positions: Mapping[str, Array], device: Any) -> None:
         self._device = device
-        self.spare: list[Tensor] = []
+        self.spare: list[tuple[Tensor, int]] = []
         self.names = tuple(specs)
         self.row = {name: row for row, name in enumerate(specs)}
         self.positions = np.full((len(specs), SAMPLES), -1, np.int64)
@@ -99,13 +99,11 @@ class Places:
             self.positions[row, : self.lengths[row]] = positions[name]
         self.itemsizes = [numpy_dtype(spec.dtype).itemsize for spec in specs.values()]
 
-    def memory(self) -> Tensor:
-        """Memory for samples of a version."""
-        try:
-            return self.spare.pop()
-        except IndexError:
-            size = max(1, len(self.names)) * SAMPLES * WIDEST
-            return torch.zeros(size, dtype=torch.uint8, device=self._device)
+    def memory(self) -> tuple[Tensor, int]:
+        """New memory for samples of a version, and its address."""
+        size = max(1, len(self.names)) * SAMPLES * WIDEST
+        made = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        return made, int(made.data_ptr())
 
 
 class Marks(Mapping[str, bytes]):
@@ -113,6 +111,7 @@ class Marks(Mapping[str, bytes]):
 
     Attributes:
         there: uint8 ``[weights * 32 * 8]``, each element in 8 bytes; to be written by whoever makes it.
+        address: of it.
         places: where they are taken.
 
     Args:
@@ -122,13 +121,13 @@ class Marks(Mapping[str, bytes]):
     _SPARE = 4
 
     def __init__(self, places: Places) -> None:
-        self.there = places.memory()
+        self.there, self.address = places.spare.pop() if places.spare else places.memory()
         self.places = places
 
     def __del__(self) -> None:
         # In any thread: no lock may be taken here. A few are enough: as many as versions come and go at once.
         if len(self.places.spare) < self._SPARE:
-            self.places.spare.append(self.there)
+            self.places.spare.append((self.there, self.address))
 
     @cached_property
     def _host(self) -> Array:

@@ -70,6 +70,8 @@ class Form:
         self._choose = None if chosen is None else itemgetter(*chosen) if len(chosen) > 1 else None
         self._only = chosen[0] if chosen is not None and len(chosen) == 1 else None
         self.addresses = list(map(torch.Tensor.data_ptr, some))
+        self._places = list(range(len(some)))
+        self._lie_at = _comparing_addresses(some, self.addresses, self._places)
         self._same_form = _same_form(some)
 
     def same(self, tensors: Sequence[Any]) -> bool:
@@ -79,7 +81,12 @@ class Form:
         elif self._only is not None:
             tensors = (tensors[self._only],)
         try:
-            return list(map(torch.Tensor.data_ptr, tensors)) == self.addresses and self._same_form(tensors)
+            if self._lie_at is None:
+                there = list(map(torch.Tensor.data_ptr, tensors)) == self.addresses
+            else:
+                there = len(tensors) == len(self._places)
+                there = there and self._lie_at(list(tensors), self.addresses, self._places)
+            return there and self._same_form(*tensors)
         except (TypeError, RuntimeError):  # something else by now, or without memory
             return False
 
@@ -206,7 +213,17 @@ def _lying(
     )
 
 
-def _same_form(tensors: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:
+def _comparing_addresses(tensors: Sequence[Tensor], addresses: list[int], places: list[int]) -> Any:
+    """What compares the addresses of tensors in C++, where this PyTorch can (those built for GPUs); else None."""
+    equal: Any = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    try:
+        works = equal is not None and equal(list(tensors), addresses, places)
+        return equal if works and not (places and equal(list(tensors), [a + 1 for a in addresses], places)) else None
+    except (TypeError, RuntimeError):
+        return None
+
+
+def _same_form(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Tells whether other tensors have the form of these, in few calls: there may be thousands.
 
     PyTorch's compiler guards what it compiled by such a check, in C++. Where this PyTorch has none, or another one, we
@@ -219,14 +236,15 @@ def _same_form(tensors: Sequence[Tensor]) -> Callable[[Sequence[Any]], bool]:
 
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         if guards.check(*tensors):
-            return lambda others: bool(guards.check(*others))
+            check: Callable[..., bool] = guards.check
+            return check
     except (ImportError, AttributeError, TypeError, RuntimeError, AssertionError):
         pass
     devices = {tensor.device for tensor in tensors}
     dtypes, shapes = [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors]
     steps = [tensor.stride() for tensor in tensors]
 
-    def alike(others: Sequence[Any]) -> bool:
+    def alike(*others: Any) -> bool:
         return (
             all(isinstance(other, torch.Tensor) for other in others)
             and list(map(_DTYPE, others)) == dtypes

@@ -136,16 +136,17 @@ class CudaBackend(CompiledBackend):
         holder: Holder,
         positions: Mapping[str, Array],
         before: Mapping[str, bytes],
-        *,
         look: bool,
     ) -> Taken | None:
         """See ``InPlace.take``."""
-        self._check_open()
+        if self._closed:
+            self._check_open()
+        base = base if type(base) is CudaWeightSet else own(base)
         with self._refits:
-            if self._is_current():
-                return self._taker.take(attached, tensors, own(base), holder, positions, before, look=look)
+            if self._index is None or torch._C._cuda_getDevice() == self._index:
+                return self._taker.take(attached, tensors, base, holder, positions, before, look)
             with on_device(self.device):
-                return self._taker.take(attached, tensors, own(base), holder, positions, before, look=look)
+                return self._taker.take(attached, tensors, base, holder, positions, before, look)
 
     def equal(
         self, names: Sequence[str], left: tuple[WeightSet, Holder], right: tuple[WeightSet, Holder]
@@ -210,6 +211,7 @@ class CudaBackend(CompiledBackend):
             base: this device's copy of what the other set shares the rest with; then only its own part is copied.
         """
         self._check_open()
+        other.keep()
         with self._refits, torch.no_grad(), on_device(self.device):
             if base is not None and other.shared_nbytes:
                 part = Arena(other.arena.layout, self.device)
@@ -269,6 +271,7 @@ class CudaBackend(CompiledBackend):
         if not self._closed:
             self._closed = True
             self.runner.close()
+            self._taker.close()
 
     def _finish(self) -> None:
         if self.device.type == "cuda":

@@ -22,6 +22,7 @@ from onnx_refit.engine.cuda.families import families, half_of
 from onnx_refit.engine.cuda.filling import Filler
 from onnx_refit.engine.cuda.gather import upload
 from onnx_refit.engine.cuda.lowering.operators import Tensor
+from onnx_refit.engine.cuda.memory import Memory
 from onnx_refit.engine.cuda.streams import on_device
 from onnx_refit.plan.compiled import CompiledModel
 from onnx_refit.tensors import TensorSpec
@@ -67,7 +68,7 @@ class Folding:
     ) -> None:
         self.names = layout.behind
         self.layout, self.aside = layout, aside
-        self.nbytes = layout.stem + aside.nbytes
+        self.nbytes = max(1, layout.stem + aside.nbytes)
         self.device = device
         self._specs, self._filler = specs, filler
         self._lock = threading.Lock()
@@ -105,13 +106,11 @@ class Unfolded(Arena):
 
     Args:
         folding: makes them.
-        storage: uint8 ``[folding.nbytes]``; None for memory of its own.
+        memory: of ``folding.nbytes`` bytes.
     """
 
-    def __init__(self, folding: Folding, storage: Tensor | None = None) -> None:
-        if storage is None:
-            storage = torch.empty(max(1, folding.nbytes), dtype=torch.uint8, device=folding.device)
-        super().__init__(folding.layout, folding.device, storage)
+    def __init__(self, folding: Folding, memory: Memory) -> None:
+        super().__init__(folding.layout, folding.device, memory.storage, 0, memory)
         self.folding = folding
 
     @property
@@ -125,7 +124,7 @@ class Unfolded(Arena):
 
     def kept(self) -> Arena:
         """The sources."""
-        return Arena(self.folding.aside, self.folding.device, self.storage, self.layout.stem)
+        return Arena(self.folding.aside, self.folding.device, self.storage, self.layout.stem, self.memory)
 
     @cached_property
     def _whole(self) -> Arena:

@@ -121,12 +121,11 @@ class CudaGroup:
         holder: Holder,
         positions: Mapping[str, Array],
         before: Mapping[str, bytes],
-        *,
         look: bool,
     ) -> Taken | None:
         """See ``InPlace.take``; the others get what the first device made."""
         bases = _own(base).members
-        taken = self._members[0].take(attached, tensors, bases[0], holder, positions, before, look=look)
+        taken = self._members[0].take(attached, tensors, bases[0], holder, positions, before, look)
         alike = None if taken is None else taken.settle()
         if taken is None or alike is None:
             return None
@@ -174,6 +173,7 @@ class CudaGroup:
 
     def _broadcast(self, first: CudaWeightSet) -> list[CudaWeightSet] | None:
         """The first device's set on all devices, by NCCL; None where it cannot."""
+        first.keep()  # other devices' streams read it
         arenas = [first.arena, *(member.empty(first.arena) for member in self._members[1:])]
         storages = [arena.storage for arena in arenas]
         if not self._nccl or not all(storage.is_cuda for storage in storages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -116,6 +116,7 @@ class Beside:
 
     Attributes:
         stream: as a plain number.
+        busy: whether anything was enqueued on it since it was waited for.
     """
 
     def __init__(self, device: Any) -> None:
@@ -126,11 +127,11 @@ class Beside:
         with cupy.cuda.Device(device.index):
             self._event = cupy.cuda.Event(disable_timing=True)
         self._runtime = cupy.cuda.runtime
-        self._busy = False
+        self.busy = False
 
     def mark(self, stream: int) -> None:
         """Note what is enqueued on a stream so far."""
-        self._busy = True
+        self.busy = True
         self._runtime.eventRecord(self._event.ptr, stream)
 
     def follow(self) -> None:
@@ -139,9 +140,9 @@ class Beside:
 
     def wait(self) -> None:
         """Wait for the second stream, where anything was enqueued on it."""
-        if self._busy:
+        if self.busy:
             self._runtime.streamSynchronize(self.stream)
-            self._busy = False
+            self.busy = False
 
 
 def current_stream(device: Any) -> int:
@@ -153,6 +154,12 @@ def current_stream(device: Any) -> int:
 def wait(stream: int) -> None:
     """Wait for a stream of the current device."""
     _cupy().cuda.runtime.streamSynchronize(stream)
+
+
+def waiter() -> Callable[[int], None]:
+    """What ``wait`` calls: for those to whom a call counts."""
+    wait: Callable[[int], None] = _cupy().cuda.runtime.streamSynchronize
+    return wait
 
 
 def synchronize(device: Any) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from onnx_refit.engine.cuda import kernels
+from onnx_refit.engine.cuda.addresses import Addresses
 from onnx_refit.engine.cuda.arena import Arena, Layout, Slot
 from onnx_refit.engine.cuda.aside import Places
 from onnx_refit.engine.cuda.attached import Attached
+from onnx_refit.engine.cuda.converting import Conversions, Made
 from onnx_refit.engine.cuda.families import HALVES, NOWHERE, Formula, families, half_of
 from onnx_refit.engine.cuda.filling import Filler
-from onnx_refit.engine.cuda.gather import KINDS, Part, cut, upload
+from onnx_refit.engine.cuda.gather import KINDS, upload
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
-from onnx_refit.engine.cuda.lowering.pointwise import walk_of
 from onnx_refit.tensors import TensorSpec
 
 _FILES = ("gather.cu", "halves.cu", "taking.cu")
@@ -27,36 +27,8 @@ _PART = np.dtype(
     [("tensor", "<u4"), ("nbytes", "<u4"), ("from", "<u8"), ("to", "<u8"), ("keep", "<u8"), ("cast", "<u8")]
 )
 _PART_NBYTES = 32 << 10
-_CONVERSION = np.dtype(
-    [("to", "<u8"), ("source", "<u4"), ("target", "<u4"), ("sizes", "<u4", 4), ("strides", "<i8", 4)]
-)
-_STRETCH = 8 << 10  # elements
 _SAMPLERS = 8  # weights whose samples one block takes
 _NOT_FINITE, _CHANGED, _ALIKE, _EACH = range(4)  # words of what kernels say, as in taking.cu
-
-
-class Addresses:
-    """Addresses that kernels read, on a GPU; sent only when they change.
-
-    Args:
-        count: how many.
-        device: the GPU.
-    """
-
-    def __init__(self, count: int, device: Any) -> None:
-        self.device = device
-        self._host = torch.zeros(max(1, count), dtype=torch.int64, pin_memory=True)
-        self._memory = self._host.numpy()
-        self._there = self._host.to(device)
-        self._noted: Sequence[int] = ()
-        self.address = self._there.data_ptr()
-
-    def note(self, pointers: Sequence[int]) -> None:
-        """Enqueue these. What was enqueued before must have been waited for."""
-        if pointers is not self._noted and pointers != self._noted:
-            self._memory[: len(pointers)] = pointers
-            self._there.copy_(self._host, non_blocking=True)
-        self._noted = pointers
 
 
 class Route:
@@ -76,6 +48,7 @@ class Route:
 
     Attributes:
         rest: engine weights among these that no kernel of ours makes.
+        plain: whether one kernel makes everything of the weights given alone.
     """
 
     def __init__(
@@ -118,6 +91,7 @@ class Route:
         dtypes = [torch_dtype(specs[name].dtype, name) for name in own]
         self._found = torch.zeros(_EACH + len(own), dtype=torch.int32, pin_memory=True)
         self._said = memoryview(self._found.numpy())
+        self.plain = not made and not self.rest and not read
         found = self._found.data_ptr()
         self._tables = [
             upload(np.array(parts, _PART), device),
@@ -170,9 +144,7 @@ class Route:
         Raises:
             EngineError: an operator of the refit program failed.
         """
-        said = self._said
-        if said[_NOT_FINITE] or said[_CHANGED] or said[_ALIKE]:
-            self._found.zero_()
+        self._forget()
         made = None if attached.dense else self._convert(attached, tensors)
         if made is None and not others:
             self._addresses.note(self._pointers(attached))
@@ -190,6 +162,29 @@ class Route:
         if self.rest:
             dense = {**others, **({} if made is None else made.tensors())}
             self._fill(attached, tensors, dense, arena, filler)
+
+    def launch(self, stream: int, attached: Attached, before: int, after: int, weights: int, kept: int) -> None:
+        """Enqueue everything where the route is plain and the tensors are dense: one kernel, on the current stream.
+
+        Args:
+            stream: the current stream.
+            attached: where the weights lie.
+            before: the address of the samples of the version before.
+            after: where the new ones go.
+            weights: where the engine weights go.
+            kept: where what is kept goes.
+        """
+        self._forget()
+        if self._known is None or self._known[0]() is not attached or self._addresses.noted is not self._known[1]:
+            self._addresses.note(self._pointers(attached))
+        self._take(stream, before, after, weights, kept)
+        self._casts = self._narrows
+
+    def _forget(self) -> None:
+        """What kernels said of a refit before, which was waited for."""
+        said = self._said
+        if said[_NOT_FINITE] or said[_CHANGED] or said[_ALIKE]:
+            self._found.zero_()
 
     def _launch_all(self, stream: int, before: int, after: int, weights: int, kept: int) -> None:
         """The largest kernel first, on the caller's stream, and all others beside it."""
@@ -246,6 +241,8 @@ class Route:
         said = self._said
         if self._alive:
             self._alive = []
+        if not (said[_NOT_FINITE] or said[_CHANGED] or said[_ALIKE]):
+            return ()
         if said[_CHANGED] or (said[_NOT_FINITE] and (look or self._casts)):
             return None
         if not said[_ALIKE]:
@@ -272,112 +269,3 @@ def _parts(index: int, nbytes: int, to: int, keep: int, cast: int) -> list[tuple
         )
         for begin in range(0, nbytes, _PART_NBYTES)
     ]
-
-
-@dataclass(frozen=True)
-class Made:
-    """Weights that were made dense, to be held until they were read.
-
-    Attributes:
-        arena: those that were converted.
-        computed: those that PyTorch's operators made.
-        addresses: of all.
-    """
-
-    arena: Arena
-    computed: Mapping[str, Tensor]
-    addresses: Mapping[str, int]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them, flat or in their shapes."""
-        return {**{name: self.arena.raw(name) for name in self.arena.layout.slots}, **self.computed}
-
-
-class Conversions:
-    """Makes dense weights of the declared dtypes out of tensors in other orders and dtypes, by one kernel.
-
-    Args:
-        attached: the weights.
-        specs: as they are declared.
-        device: the GPU.
-    """
-
-    def __init__(self, attached: Attached, specs: Mapping[str, TensorSpec], device: Any) -> None:
-        self._device = device
-        self._views = [one for one in attached.lying if not one.dense and one.tensor is not None]
-        self._computed = [one for one in attached.lying if one.tensor is None]
-        self._layout = Layout([specs[one.name] for one in self._views], torch.float32)
-        rows, stretches = np.zeros(len(self._views), _CONVERSION), []
-        for row, one in enumerate(self._views):
-            walk = walk_of([one.shape], [one.strides])
-            assert walk is not None  # else it were computed
-            target = torch_dtype(specs[one.name].dtype, one.name)
-            plain = 16 + target.itemsize
-            casts = one.dtype is not target or target.is_floating_point
-            kinds = (KINDS.get(one.dtype, plain), KINDS.get(target, plain)) if casts else (plain, plain)
-            rows[row] = (self._layout.slots[one.name].offset, *kinds, walk.sizes, walk.strides[0])
-            size = specs[one.name].size
-            stretches += [(row, begin, min(_STRETCH, size - begin), 0) for begin in range(0, size, _STRETCH)]
-        self._rows = upload(rows, device)
-        self._stretches = upload(np.array(stretches, np.uint32), device)
-        self._count = len(stretches)
-        self._addresses = Addresses(len(self._views), device)
-        pointers = dict(zip(attached.names, attached.pointers, strict=True))
-        self._pointers = [pointers[one.name] for one in self._views]
-        self._kernel = kernels.kernel(_FILES, "convert", device.index)
-
-    def enqueue(self, attached: Attached, tensors: Sequence[Any], found: int) -> Made:
-        """Enqueue it all; what is made must be held until it was read.
-
-        Args:
-            attached: the weights.
-            tensors: what the weights lie in.
-            found: the address of what kernels say.
-        """
-        arena = Arena(self._layout, self._device)
-        begin = int(arena.storage.data_ptr())
-        addresses = {name: begin + slot.offset for name, slot in self._layout.slots.items()}
-        if self._count:
-            self._addresses.note(self._pointers)
-            tables = (self._addresses.address, self._rows.data_ptr(), self._stretches.data_ptr())
-            arguments = (*tables, begin, int(attached.rounding), found)
-            kernels.launch(self._kernel, self._device, (self._count,), (_THREADS,), arguments)
-        with torch.no_grad():
-            computed = {one.name: attached.value(one, tensors) for one in self._computed}
-        return Made(arena, computed, addresses | {name: value.data_ptr() for name, value in computed.items()})
-
-
-class Comparison:
-    """Tells which of some weights have the same bytes in two places.
-
-    Args:
-        names: the weights.
-        sizes: bytes of each.
-        device: the GPU.
-    """
-
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], device: Any) -> None:
-        self.names, self._device = tuple(names), device
-        pieces = cut([Part(torch.uint8, (size,), size) for size in sizes], [(row, 0) for row in range(len(names))])
-        self._pieces = upload(pieces, device)
-        self._addresses = Addresses(2 * len(names), device)
-        self._found = torch.zeros(max(1, len(names)), dtype=torch.int32, pin_memory=True)
-        left = self._addresses.address
-        fixed = (left, left + 8 * len(names), self._pieces.data_ptr(), self._found.data_ptr())
-        differ = kernels.kernel(_FILES, "differ", device.index)
-        self._differ = kernels.Prepared(differ, device, len(pieces), _THREADS, fixed, 0) if len(pieces) else None
-
-    def equal(self, left: Sequence[int], right: Sequence[int]) -> frozenset[str]:
-        """Those whose bytes are the same.
-
-        Args:
-            left: an address of each, where wide loads are allowed.
-            right: another one.
-        """
-        self._found.zero_()
-        if self._differ is not None:
-            stream = kernels.current_stream(self._device)
-            self._addresses.note([*left, *right])
-            self._differ(stream)
-            kernels.wait(stream)
-        return frozenset(name for name, differs in zip(self.names, self._found.tolist(), strict=False) if not differs)

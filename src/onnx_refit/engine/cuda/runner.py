@@ -66,19 +66,23 @@ class Runner:
         Returns:
             Output name -> new tensor on the device, of the declared dtype, finished.
         """
-        with self._lock:
-            if True in [tensor.is_cuda for tensor in inputs.values()]:
-                self._own.follow_current()
-            with self._own:
-                self._switch(weights)
-                recording, fitted = self._recording(inputs)
-                if recording is None:
-                    results = self._compute_alone(inputs, outputs)
-                else:
-                    self._replay(recording, inputs)
-                    results = {name: self._result(recording, name, fitted) for name in outputs}
-                done = self._own.mark()
-        self._own.wait(done)
+        try:
+            with self._lock:
+                if True in [tensor.is_cuda for tensor in inputs.values()]:
+                    self._own.follow_current()
+                with self._own:
+                    self._switch(weights)
+                    recording, fitted = self._recording(inputs)
+                    if recording is None:
+                        results = self._compute_alone(inputs, outputs)
+                    else:
+                        self._replay(recording, inputs)
+                        results = {name: self._result(recording, name, fitted) for name in outputs}
+                    done = self._own.mark()
+            self._own.wait(done)
+        except BaseException:
+            weights.keep()  # its copy may still be queued, and nobody waits for it
+            raise
         return results
 
     def run_arrays(
@@ -86,19 +90,23 @@ class Runner:
     ) -> dict[str, Array]:
         """The same from host to host: inputs travel in one copy, outputs as soon as they are computed."""
         tensors = {spec.name: to_input(spec, inputs[spec.name]) for spec in self._compiled.inputs}
-        with self._lock, self._own:
-            self._switch(weights)
-            recording, fitted = self._recording(tensors)
-            if recording is None:
-                results = self._compute_alone(tensors, outputs)
-            else:
-                if not self._send(recording, inputs, fitted):
-                    self._fill(recording, tensors)
-                recording.replay()
-                results = {name: self._result(recording, name, fitted, copy=False) for name in outputs}
-            hosted = {name: self._to_host(tensor) for name, tensor in results.items()}
-            done = self._own.mark()
-        self._own.wait(done)
+        try:
+            with self._lock, self._own:
+                self._switch(weights)
+                recording, fitted = self._recording(tensors)
+                if recording is None:
+                    results = self._compute_alone(tensors, outputs)
+                else:
+                    if not self._send(recording, inputs, fitted):
+                        self._fill(recording, tensors)
+                    recording.replay()
+                    results = {name: self._result(recording, name, fitted, copy=False) for name in outputs}
+                hosted = {name: self._to_host(tensor) for name, tensor in results.items()}
+                done = self._own.mark()
+            self._own.wait(done)
+        except BaseException:
+            weights.keep()  # its copy may still be queued, and nobody waits for it
+            raise
         # Small ones are copied out: pinned memory is scarce, and callers may keep what they got.
         return {name: _own_array(tensor) for name, tensor in hosted.items()}
 

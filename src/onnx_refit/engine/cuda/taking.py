@@ -16,10 +16,13 @@ from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.arena import Arena, Layout
 from onnx_refit.engine.cuda.aside import Marks, Places, PutAside, marks_of
 from onnx_refit.engine.cuda.attached import Attached
+from onnx_refit.engine.cuda.by_operators import Given
+from onnx_refit.engine.cuda.comparing import Comparison
 from onnx_refit.engine.cuda.filling import Filler
 from onnx_refit.engine.cuda.folding import Folding, Unfolded
 from onnx_refit.engine.cuda.lowering.operators import Tensor, torch_dtype
-from onnx_refit.engine.cuda.route import Comparison, Route
+from onnx_refit.engine.cuda.memory import Recycled
+from onnx_refit.engine.cuda.route import Route
 from onnx_refit.engine.cuda.streams import on_device
 from onnx_refit.engine.cuda.weightset import CudaWeightSet
 from onnx_refit.engine.protocol import Holder, Taken
@@ -58,6 +61,11 @@ class Wanted:
     others: tuple[str, ...]
     first: frozenset[str]
 
+    @property
+    def now(self) -> frozenset[str]:
+        """The engine weights that are made at once."""
+        return self.weights if self.folding is None else self.weights - self.folding.names
+
 
 @dataclass(frozen=True)
 class _Last:
@@ -65,7 +73,10 @@ class _Last:
 
     attached: weakref.ref[Attached]
     wanted: Wanted
+    places: Places
     routes: tuple[Route, ...]
+    alone: tuple[Route, ...]  # the first of them
+    simple: bool  # all weights, by one kernel that reads them as they lie
 
 
 class Taker:
@@ -93,7 +104,7 @@ class Taker:
         self._layout = layout
         self._filler = filler
         self._device = device
-        self._real = real
+        self._index = 0 if device.index is None else device.index
         self._recoverable = recoverable
         self._specs: Mapping[str, TensorSpec] = {source.spec.name: source.spec for source in compiled.sources}
         self._kernels = device.type == "cuda" and kernels.available()
@@ -103,7 +114,9 @@ class Taker:
         self._last: _Last | None = None
         self._unsettled = False
         self._beside: Any = kernels.Beside(device) if self._kernels else None
+        self._synchronize: Any = kernels.waiter() if self._kernels else None
         self._nothing = Arena(Layout([], torch.float32), device)
+        self._nothing_kept = PutAside(self._nothing, self._specs)
         self._positions: Mapping[str, Array] | None = None
         self._places: Places | None = None
 
@@ -115,35 +128,37 @@ class Taker:
         holder: Holder,
         positions: Mapping[str, Array],
         before: Mapping[str, bytes],
-        *,
         look: bool,
     ) -> Taken | None:
         """See ``InPlace.take``."""
-        if positions is not self._positions:
-            self._positions, self._places = positions, Places(self._specs, positions, self._device)
-            self._routes.clear()
-            self._last = None
         last = self._last
-        # Names are looked up when other tensors come: hundreds of them take microseconds.
-        wanted = last.wanted if last is not None and last.attached() is attached else self._prepare(attached).wanted
-        places = self._places
-        assert places is not None
+        if last is None or positions is not self._positions or last.attached() is not attached:
+            # Names are looked up when other tensors come: hundreds of them take microseconds.
+            last = self._prepare(attached, positions)
+        wanted, places = last.wanted, last.places
         marks = before if type(before) is Marks and before.places is places else marks_of(before, places)
-        old = marks.there
-        arena, aside = self._memory(wanted)
         now = Marks(places)
+        if last.simple and attached.held:
+            return self._take_at_once(last, attached, tensors, marks, now, look)
+        arena, aside = self._memory(wanted)
         if not wanted.whole:
-            now.there.copy_(old)
+            now.there.copy_(marks.there)
         others = {name: self._other(name, base, holder) for name in wanted.others} if wanted.others else {}
         if not self._kernels:
-            alike = self._one_by_one(attached, tensors, wanted, others, arena, aside, old, now.there, look=look)
+            old, new = marks.there, now.there
+            given = Given(attached, tensors, self._specs, places, self._device)
+            alike = given.take(old, new, aside, look=look)
+            if alike is not None:
+                self._filler.fill(arena, {**given.values, **others}, wanted.now)
+                if self._device.type == "cuda":
+                    kernels.synchronize(self._device)
             return Taken(self._made(wanted, base, arena), PutAside(aside, self._specs), now, lambda: alike)
         stream = kernels.current_stream(self._device)
         if self._unsettled:
             self._wait(stream)
         self._unsettled = True
         try:
-            routes = self._enqueue(stream, attached, tensors, wanted, others, arena, aside, old, now.there)
+            routes = self._enqueue(stream, attached, tensors, last, others, arena, aside, marks.address, now.address)
         except BaseException:
             self._wait(stream)
             raise
@@ -153,17 +168,47 @@ class Taker:
         settle = partial(self._settle, stream, attached, tensors, routes, look, marks)
         return Taken(self._made(wanted, base, arena), PutAside(aside, self._specs), now, settle)
 
+    def _take_at_once(
+        self, last: _Last, attached: Attached, tensors: Sequence[Any], marks: Marks, now: Marks, look: bool
+    ) -> Taken:
+        """All weights, out of memory that somebody holds, by one kernel: launched before anything else is made.
+
+        For small models calls of Python are most of a refit, so there are few here.
+        """
+        folding, layout, stream = last.wanted.folding, self._layout, torch._C._cuda_getCurrentRawStream(self._index)
+        if self._unsettled:
+            self._wait(stream)
+        memory = self._recycled.memory()
+        begin = memory.address
+        self._unsettled = True
+        last.routes[0].launch(stream, attached, marks.address, now.address, begin, begin + layout.stem)
+        settle = partial(self._settle, stream, attached, tensors, last.alone, look, marks)
+        if folding is None:
+            arena = Arena(layout, self._device, memory.storage, 0, memory)
+            return Taken(CudaWeightSet(arena), self._nothing_kept, now, settle)
+        unfolded = Unfolded(folding, memory)
+        return Taken(CudaWeightSet(unfolded), PutAside(unfolded.kept(), self._specs), now, settle)
+
     def _memory(self, wanted: Wanted) -> tuple[Arena, Arena]:
         """For what is made, and for what is kept."""
         if wanted.folding is not None:
-            arena = Unfolded(wanted.folding)
+            arena = Unfolded(wanted.folding, self._recycled.memory())
             return arena, arena.kept()
         made = Arena(wanted.layout, self._device)
         return made, Arena(wanted.aside, self._device) if wanted.aside.nbytes else self._nothing
 
     def unfolded(self) -> Arena:
         """Memory for a whole set, some of whose weights are made later."""
-        return Unfolded(self._folding)
+        return Unfolded(self._folding, self._recycled.memory())
+
+    def close(self) -> None:
+        """Give back memory that no version holds."""
+        self._recycled.clear()
+
+    @cached_property
+    def _recycled(self) -> Recycled:
+        """Of a whole set."""
+        return Recycled(self._folding.nbytes if self._layout.behind else self._layout.room, self._device)
 
     @cached_property
     def _folding(self) -> Folding:
@@ -181,16 +226,20 @@ class Taker:
     ) -> Sequence[str] | None:
         """See ``Taken.settle``; ``held`` is what kernels read and must not be given back before."""
         same = not attached.held or attached.form.same(tensors)
-        if torch._C._cuda_getDevice() == self._device.index:
-            self._wait(stream)
+        if torch._C._cuda_getDevice() == self._index:
+            self._synchronize(stream)
+            if self._beside.busy:
+                self._beside.wait()
         else:
             with on_device(self._device):
                 self._wait(stream)
         self._unsettled = False
-        found = [route.alike(look=look) for route in routes]
-        if not same or None in found:
+        if not same:
             return None
-        return [name for names in found if names for name in names]
+        if len(routes) == 1:
+            return routes[0].alike(look=look)
+        found = [route.alike(look=look) for route in routes]
+        return None if None in found else [name for names in found if names for name in names]
 
     def _wait(self, stream: int) -> None:
         """Wait for everything; on the current device."""
@@ -208,26 +257,24 @@ class Taker:
         stream: int,
         attached: Attached,
         tensors: Sequence[Any],
-        wanted: Wanted,
+        last: _Last,
         others: Mapping[str, Tensor],
         arena: Arena,
         aside: Arena,
-        old: Tensor,
-        new: Tensor,
+        before: int,
+        after: int,
     ) -> Sequence[Route]:
         """Everything by kernels of ours; nothing where the tensors are not the ones that were attached.
 
         Nothing is read before it is known to be there. Where somebody holds the memory it is, and the tensors are
         looked at later; else a few large weights are looked at first, and all others while these are on their way.
         """
-        last = self._last
-        assert last is not None
-        routes, kept, before, after = last.routes, aside.pointer, old.data_ptr(), new.data_ptr()
+        routes, kept = last.routes, aside.pointer
         if attached.held:
             routes[0].enqueue(stream, attached, tensors, others, arena, kept, before, after, self._filler)
             return routes[:1]
         parted = len(routes) > 1 and attached.dense
-        forms = attached.parted(wanted.first, tensors) if parted else (attached.form,)
+        forms = attached.parted(last.wanted.first, tensors) if parted else (attached.form,)
         chosen = routes[1:] if parted else routes[:1]
         for route, form in zip(chosen, forms, strict=True):
             if not form.same(tensors):
@@ -235,12 +282,17 @@ class Taker:
             route.enqueue(stream, attached, tensors, others, arena, kept, before, after, self._filler)
         return chosen
 
-    def _prepare(self, attached: Attached) -> _Last:
+    def _prepare(self, attached: Attached, positions: Mapping[str, Array]) -> _Last:
         """What is looked up of tensors when they are not those of the refit before."""
+        if positions is not self._positions or self._places is None:
+            self._positions, self._places = positions, Places(self._specs, positions, self._device)
+            self._routes.clear()
         names = attached.names
         wanted = self._wanted.get(names) or self._want(names)
         routes = (self._routes.get(names) or self._route(wanted)) if self._kernels else ()
-        self._last = _Last(weakref.ref(attached), wanted, routes)
+        kept = wanted.folding is not None or not wanted.aside.nbytes
+        simple = wanted.whole and kept and attached.dense and len(routes) > 0 and routes[0].plain
+        self._last = _Last(weakref.ref(attached), wanted, self._places, routes, routes[:1], simple)
         return self._last
 
     def _want(self, given: tuple[str, ...]) -> Wanted:
@@ -269,7 +321,7 @@ class Taker:
 
     def _route(self, wanted: Wanted) -> tuple[Route, ...]:
         """One route for everything, and, where that is worthwhile, two that do the same one after the other."""
-        now = wanted.weights if wanted.folding is None else wanted.weights - wanted.folding.names
+        now = wanted.now
         formulas = {name: self._filler.formulas[name] for name in now if name in self._filler.formulas}
         places = self._places
         assert places is not None
@@ -302,47 +354,6 @@ class Taker:
         array = np.ascontiguousarray(held[name]).reshape(-1).view(np.uint8)
         flat = torch.from_numpy(array.copy()).to(self._device)
         return flat.view(torch_dtype(spec.dtype, name)).view(spec.static_shape)
-
-    def _one_by_one(
-        self,
-        attached: Attached,
-        tensors: Sequence[Any],
-        wanted: Wanted,
-        others: Mapping[str, Tensor],
-        arena: Arena,
-        aside: Arena,
-        before: Tensor,
-        after: Tensor,
-        *,
-        look: bool,
-    ) -> tuple[str, ...] | None:
-        """The same by PyTorch's operators, where there is no CuPy or no GPU."""
-        if not attached.form.same(tensors):
-            return None
-        places = self._places
-        assert places is not None
-        values: dict[str, Tensor] = {}
-        old, new = (one.view(torch.int64).view(-1, 32) for one in (before, after))
-        alike = []
-        for one in attached.lying:
-            given = attached.value(one, tensors)
-            value = given.to(torch_dtype(self._specs[one.name].dtype, one.name)).contiguous()
-            values[one.name] = value
-            if value.is_floating_point() and not _sound(given, value, rounding=attached.rounding, look=look):
-                return None
-            row = places.row[one.name]
-            count = places.lengths[row]
-            at = torch.from_numpy(places.positions[row, :count]).to(self._device)
-            new[row, :count] = _words(value.reshape(-1)[at])
-            if torch.equal(new[row, :count], old[row, :count]):
-                alike.append(one.name)
-            if one.name in wanted.aside.slots:
-                aside.raw(one.name).copy_(value.reshape(-1))
-        now = wanted.weights if wanted.folding is None else wanted.weights - wanted.folding.names
-        self._filler.fill(arena, {**values, **others}, now)
-        if self._device.type == "cuda":
-            kernels.synchronize(self._device)
-        return tuple(alike)
 
     def equal(
         self, names: Sequence[str], left: tuple[CudaWeightSet, Holder], right: tuple[CudaWeightSet, Holder]
@@ -389,24 +400,6 @@ def _remember(cache: OrderedDict[tuple[str, ...], T], key: tuple[str, ...], valu
     while len(cache) > _ROUTES:
         cache.popitem(last=False)
     return value
-
-
-def _sound(given: Tensor, value: Tensor, *, rounding: bool, look: bool) -> bool:
-    """Whether a weight may be taken: finite, and unchanged by its cast."""
-    cast = given.dtype is not value.dtype
-    if (look or cast) and not bool(torch.isfinite(given).all()):
-        return False
-    if not cast:
-        return True
-    return bool(torch.isfinite(value).all() if rounding else (value.to(given.dtype) == given).all())
-
-
-def _words(elements: Tensor) -> Tensor:
-    """The bits of elements, each in 8 bytes."""
-    width = elements.element_size()
-    found = torch.zeros((len(elements), 8), dtype=torch.uint8, device=elements.device)
-    found[:, :width] = elements.contiguous().view(torch.uint8).view(-1, width)
-    return found.view(torch.int64).view(-1)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

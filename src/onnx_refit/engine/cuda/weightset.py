@@ -27,14 +27,19 @@ class CudaWeightSet:
     Attributes:
         serial: a number that no other set of the process has.
         arena: what this set made itself.
+        nbytes: bytes of all its engine weights, shared ones included.
+        shared_nbytes: bytes shared with the set it was derived from.
+        full_speed: when it reaches its last tier of speed: at once.
     """
+
+    full_speed: FullSpeed = SingleTier()
 
     def __init__(self, arena: Arena, places: Mapping[str, Arena] | None = None, shared_nbytes: int = 0) -> None:
         self.serial = next(_serials)
         self.arena = arena
         self._places = places
-        self._shared = shared_nbytes
-        self._full_speed = SingleTier()
+        self.nbytes = shared_nbytes + arena.layout.payload
+        self.shared_nbytes = shared_nbytes
 
     @property
     def places(self) -> Mapping[str, Arena]:
@@ -43,21 +48,11 @@ class CudaWeightSet:
             self._places = dict.fromkeys(self.arena.layout.slots, self.arena)
         return self._places
 
+    def keep(self) -> None:
+        """Somebody may read its memory who does not hold this set, or does not wait; see ``Memory``."""
+        for arena in {arena.serial: arena for arena in self.places.values()}.values():
+            arena.keep()
+
     def view(self, name: str) -> Tensor:
         """An engine weight on the device."""
         return self.places[name].view(name)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its engine weights, shared ones included."""
-        return self._shared + self.arena.layout.payload
-
-    @property
-    def shared_nbytes(self) -> int:
-        """Bytes shared with the set it was derived from."""
-        return self._shared
-
-    @property
-    def full_speed(self) -> FullSpeed:
-        """When this set reaches its last tier of speed: at once."""
-        return self._full_speed
