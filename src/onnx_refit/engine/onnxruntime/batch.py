@@ -16,6 +16,7 @@ from onnx_refit.engine.protocol import Look
 from onnx_refit.errors import EngineError
 from onnx_refit.moves.addresses import address_of
 from onnx_refit.moves.library import LOOK, MOVE, NOWHERE, Library
+from onnx_refit.moves.roll import Called
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import Array
 
@@ -160,6 +161,7 @@ class Batcher:
         self._steady: Mapping[str, Array] = {}
         self._template = array("Q")
         self._unsettled: tuple[_Program | None, Sequence[tuple[str, int]]] = None, ()
+        self._pairs: Sequence[tuple[int, int]] | None = None
         self._settle(self._steady)
 
     def ready(
@@ -170,6 +172,7 @@ class Batcher:
         claims: Mapping[str, Look],
         pause: int = 0,
         rack: Rack | None = None,
+        called: Called | None = None,
     ) -> Ready:
         """A batch that writes these engine weights and looks at these sources.
 
@@ -178,8 +181,9 @@ class Batcher:
             tensors: the flat, C-contiguous tensors that their recipes read.
             steady: some of them, in the very same memory as long as this is the same mapping.
             claims: source weight -> what to do with each of its elements; of ``seen`` only.
-            pause: nanoseconds to sleep after each unit.
+            pause: times as long as it took to sleep after each unit.
             rack: where some of the targets lie, or all.
+            called: the source weights, if their addresses are known: then ``tensors`` need not have them.
 
         Raises:
             KeyError: a tensor is missing.
@@ -201,9 +205,14 @@ class Batcher:
         for name, storage in single:
             addresses[places[name]] = storage.address
         if program is not self._unsettled[0]:
+            self._pairs = None
             self._unsettled = program, [read for read in program.reads if not self._template[read[1]]]
-        for name, slot in self._unsettled[1]:
-            addresses[slot] = self._address(name, tensors[name])
+        if called is None or called.addresses is None:
+            for name, slot in self._unsettled[1]:
+                addresses[slot] = self._address(name, tensors[name])
+        else:
+            for slot, place in self._called(called):
+                addresses[slot] = called.addresses[place]
         flags = bytearray(len(claims) + 1)
         first = _buffer(flags)
         kept = 0
@@ -215,7 +224,10 @@ class Batcher:
                 continue
             where, keep, flag = self._look_slots[name]
             tensor = self._prefix + name
-            addresses[where] = addresses[self._reads.get(tensor, NOWHERE)] or self._address(tensor, tensors[tensor])
+            addresses[where] = addresses[self._reads.get(tensor, NOWHERE)]
+            if not addresses[where]:
+                flat = tensors[tensor] if called is None else called[name].reshape(-1)
+                addresses[where] = self._address(tensor, flat)
             if target is not None:
                 addresses[keep] = self._address(tensor, target)
                 kept += target.nbytes
@@ -223,7 +235,9 @@ class Batcher:
                 addresses[flag] = first + number
         stream = int(program.nbytes + kept > _STREAMED)
         header = array("q", (*program.places, addresses.buffer_info()[0], len(program.bounds) - 1, stream, pause, 0))
-        return Ready(header, program.elements, flags, tuple(claims.values()), (program, addresses, tensors, targets))
+        return Ready(
+            header, program.elements, flags, tuple(claims.values()), (program, addresses, tensors, targets, called)
+        )
 
     def work(self, ready: Ready) -> None:
         """Do units of a batch until none is left to begin; any number of threads may.
@@ -243,6 +257,13 @@ class Batcher:
         """Keep no steady tensor alive."""
         self._settle({})
 
+    def _called(self, called: Called) -> Sequence[tuple[int, int]]:
+        """Slots that are not settled, and the place of each one's tensor in the roll, which never changes."""
+        if self._pairs is None:
+            places = {self._prefix + name: place for place, name in enumerate(called)}
+            self._pairs = [(slot, places[name]) for name, slot in self._unsettled[1]]
+        return self._pairs
+
     def _racked(self, rack: Rack) -> array[int]:
         """The template with the addresses of a rack's storages, made once."""
         if rack.prepared is None or rack.prepared[0] is not self._template:
@@ -260,7 +281,7 @@ class Batcher:
         for name, flat in steady.items():
             if name in self._reads:
                 template[self._reads[name]] = self._address(name, flat)
-        self._template, self._steady, self._unsettled = template, steady, (None, ())
+        self._template, self._steady, self._unsettled, self._pairs = template, steady, (None, ()), None
 
     def _program(self, targets: Collection[str], claims: Iterable[str]) -> _Program:
         alone = frozenset(name for name in claims if name in self._alone) if self._alone else frozenset()

@@ -23,13 +23,14 @@ from onnx_refit.engine.onnxruntime.writers import WIDE, Writer, alone
 from onnx_refit.engine.protocol import Inspector, Look
 from onnx_refit.errors import EngineError
 from onnx_refit.moves.library import Absent, Library
+from onnx_refit.moves.roll import Called
 from onnx_refit.plan.trace.recipes import Recipe, evaluate
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 from onnx_refit.threads import step_back
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 _MOVED = 1 << 19  # elements; the same for native code
-_PAUSE = 50_000  # nanoseconds after each unit of native code, which takes about as long, where requests go first
+_PAUSE = 9  # times what a unit of native code takes, to sleep after it, where requests go first
 _ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
 _BUNDLES = 4
 _LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
@@ -242,7 +243,8 @@ class Deriver:
                 for name in self._wide(targets):
                     tensors[WIDE + name] = self._widen(tensors[name])
                 claims, looks, tasks = self._looks(sources, targets, inspector)
-                ready = self._ready(targets, rack, tensors, steady, claims, _PAUSE if aside else 0)
+                called = sources if isinstance(sources, Called) and not tensors else None
+                ready = self._ready(targets, rack, tensors, steady, claims, _PAUSE if aside else 0, called)
                 for name, writer in self._others(targets):
                     if name in steady.writers:
                         tasks += steady.tasks(writer, targets[name])
@@ -266,7 +268,10 @@ class Deriver:
     def _tensors(
         self, sources: Mapping[str, Array], needed: Mapping[str, str], inspector: Inspector | None
     ) -> tuple[dict[str, Array], Steady]:
-        """Every tensor that is needed, flat; and what is as it was the last time."""
+        """Every tensor that is needed, flat; and what is as it was the last time.
+
+        None is needed where native code does everything and the addresses of all are known.
+        """
         lasting = _NOTHING if inspector is None else inspector.lasting
         wanted = self._all_computed if needed is self._all_needs else _computed(needed)
         values = self._program.compute(wanted, sources, lasting)
@@ -277,6 +282,9 @@ class Deriver:
             writers = frozenset(n for n, w in self._writers.items() if w.reads and w.reads <= flats.keys())
             rest = [name for name in self._keys if name not in lasting]
             steady = self._steady = Steady(lasting, rest, self._program.lasting, flats, writers)
+        known = isinstance(sources, Called) and sources.addresses is not None
+        if known and steady is not _UNSTEADY and values is steady.values and self._every_moved and not self._staged:
+            return {}, steady
         tensors = dict(steady.flats)
         keys = self._keys
         for name in _rest(sources, steady):
@@ -320,6 +328,7 @@ class Deriver:
         steady: Steady,
         claims: Mapping[str, Look],
         pause: int,
+        called: Called | None,
     ) -> Ready | None:
         """The batch of what native code does; None if that is nothing."""
         batcher = self._batcher
@@ -328,7 +337,7 @@ class Deriver:
         own = targets
         if not self._every_moved:
             own = {name: storage for name, storage in targets.items() if name in batcher.names}
-        return batcher.ready(own, tensors, steady.flats, claims, pause, rack) if own or claims else None
+        return batcher.ready(own, tensors, steady.flats, claims, pause, rack, called) if own or claims else None
 
     def _others(self, targets: Mapping[str, Storage]) -> Iterable[tuple[str, Writer]]:
         """The targets that Python writes."""

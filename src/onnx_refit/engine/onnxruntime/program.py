@@ -75,7 +75,7 @@ class Program:
             EngineError: ONNX Runtime fails, or a source is missing.
         """
         if not wanted:
-            return {}
+            return {} if self._values else self.lasting
         results: dict[str, Array] = {}
         with self._lock:
             try:
