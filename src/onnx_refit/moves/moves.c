@@ -8,6 +8,10 @@
  * Plain C with the vector extension of GCC and Clang, for any processor: 4x4 tiles are transposed in registers. Only
  * stores that pass the caches by (SSE2) and the widest registers for the look (x86 Linux) are chosen by platform.
  */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* SCHED_BATCH */
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -29,12 +33,13 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
 
-#define VERSION 3
+#define VERSION 4
 #define RANK 6
 #define LANES 16
 #define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */
 
 #include "arrays.h"
+#include "pace.h"
 
 /* The same numbers and fields as in library.py. */
 enum { LOOK = 0, ROWS = 1, TILES = 2, WALK = 3, GATHER = 4 };
@@ -65,7 +70,7 @@ typedef struct {
     const uint64_t *addresses;
     int64_t count;  /* of units */
     int64_t stream; /* whether targets are so large that writing them through the caches only empties these */
-    int64_t pause;  /* nanoseconds to sleep after each unit: requests need the cores more */
+    int64_t pause;  /* times as long as it took to sleep after each unit: requests need the cores more; see pace.h */
     int64_t next;   /* the first unit that nobody has begun */
 } batch;
 
@@ -369,6 +374,7 @@ static void gather(const move *m, const uint64_t *addresses) {
 int64_t onnx_refit_version(void) { return VERSION * 1000000 + (int64_t)sizeof(move) * 1000 + (int64_t)sizeof(batch); }
 
 void onnx_refit_work(batch *b) {
+    pace own = pace_begin(b->pause);
     for (;;) {
         int64_t unit = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED);
         if (unit >= b->count) break;
@@ -381,9 +387,9 @@ void onnx_refit_work(batch *b) {
             else
                 box(m, b->addresses, (int)b->stream);
         }
-        /* A scheduler would take turns of some milliseconds, far longer than many requests take. */
-        if (b->pause) nanosleep(&(struct timespec){0, b->pause}, NULL);
+        pace_rest(&own);
     }
+    pace_end(&own);
 #if defined(__SSE2__)
     _mm_sfence(); /* streamed stores are seen before whatever says that this is done */
 #endif
