@@ -135,7 +135,7 @@ class Derivation:
             every = len(arrays) == len(self._specs)
             joined = self._packet.join(arrays) if every or self._small <= arrays.keys() else None
             equal, samples = unchanged(self._sampler, arrays, joined, base.samples, current.read)
-            finite = not (look and not_finite([arrays[name] for name in equal]))
+            finite = not (look and equal and not_finite([arrays[name] for name in equal]))
             arrays = {name: array for name, array in arrays.items() if name not in equal} if equal else arrays
         full = every and not equal
         changed = self._every if full else frozenset(arrays)

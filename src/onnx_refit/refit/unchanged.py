@@ -117,9 +117,11 @@ class Sampler:
         if len(names) * _FEW < len(self._names):
             yield from (name for name in names if self._is_alike(name, one, other))
             return
-        for row in np.flatnonzero((one.small == other.small).all(axis=1)).tolist():
-            if self._names[row] in names:
-                yield self._names[row]
+        # One element of each first: where none is the same, as in most refits, that is all.
+        if np.count_nonzero(one.small[:, 0] == other.small[:, 0]):
+            for row in np.flatnonzero((one.small == other.small).all(axis=1)).tolist():
+                if self._names[row] in names:
+                    yield self._names[row]
         for name, taken in one.others.items():
             if taken == other.others.get(name) and name in names:
                 yield name

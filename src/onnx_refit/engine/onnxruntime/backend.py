@@ -179,11 +179,13 @@ class OnnxRuntimeBackend(CompiledBackend):
         self._deriver.derive(sources, targets, inspector, rack=rack, aside=self._aside)
         if lease is not None:
             lease.settle(hosted)
+        session = self._session if lease is None else lease.host.session
         runner = rack.runner
-        if runner is None:
+        if runner is None or runner.session is not session:  # a rack mostly meets the same session again
             read = {name: buffer for name, buffer in buffers.items() if name in self._read}
-            runner = Runner(self._session or _host(hosted).session, read, self._outputs)
-            if self._hosts is None and self._second is None:  # else another session runs the rack's next weights
+            assert session is not None  # there are hosts where there is no session of all
+            runner = Runner(session, read, self._outputs)
+            if self._second is None:  # which keeps no bindings once it runs
                 rack.runner = runner
         return OnnxRuntimeWeightSet(buffers, self._nbytes, 0, runner, self._dead, racked)
 
