@@ -35,20 +35,20 @@ def test_the_same_tensors_are_recognised_and_others_are_not(device: str) -> None
     with loaded(plan, device) as engine:
         in_place = engine._derivation.in_place
         engine.refit(tensors)
-        known = in_place._last
+        known = in_place._recent[0]
 
         def again(given: dict[str, Any]) -> bool:
             """Whether a refit looked at nothing anew; its weights are what was given."""
-            before = in_place._last
+            before = in_place._recent[0]
             engine.refit(given)
             assert same(sources(engine), {n: t.cpu().numpy() for n, t in given.items() if n in plan.refittable})
-            return in_place._last is before
+            return in_place._recent[0] is before
 
         for tensor in tensors.values():
             tensor.add_(1)
         assert again(tensors)
         assert again({name: tensor.detach() for name, tensor in tensors.items()})  # a new mapping of new tensors
-        assert in_place._last is known
+        assert in_place._recent[0] is known
         tensors["w0"].data = tensors["w0"].data.clone()  # another address
         assert not again(tensors)
         assert again(tensors)
@@ -59,6 +59,31 @@ def test_the_same_tensors_are_recognised_and_others_are_not(device: str) -> None
         assert not again({**tensors, "counter": torch.zeros(1, dtype=torch.int64, device=device)})
         with pytest.raises(RefitRejectedError, match="shape"):
             engine.refit({**tensors, "b0": tensors["b0"][:8]})
+
+
+def test_two_sets_of_tensors_that_take_turns_are_looked_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(scaled())
+    assert plan.weights is not None
+    turns = [there(random_like(dict(plan.weights), seed), device) for seed in range(6)]
+    with loaded(plan, device) as engine:
+        looked = []
+        attach = engine._backend.attach
+
+        def counting(*given: Any, **options: Any) -> Any:
+            looked.append(given)
+            return attach(*given, **options)
+
+        monkeypatch.setattr(engine._backend, "attach", counting)
+        for turn in range(12):
+            given = turns[turn % 2]
+            for tensor in given.values():
+                tensor.mul_(1.5)
+            engine.refit(given)
+            assert same(sources(engine), {name: tensor.cpu().numpy() for name, tensor in given.items()})
+        assert len(looked) == 2
+        for given in turns:  # more than are remembered
+            engine.refit(given)
+        assert len(engine._derivation.in_place._recent) == 4
 
 
 def test_nothing_of_a_mapping_is_kept_alive(device: str) -> None:

@@ -212,7 +212,8 @@ class InPlace(Protocol):
             rounding: whether a cast to the declared dtype may round.
 
         Returns:
-            What ``take`` takes, without a hold on the tensors; its ``hold(tensors)`` keeps their memory. None where a
+            What ``take`` takes, without a hold on the tensors; its ``hold(tensors)`` keeps their memory, and its
+            ``begins(tensors)`` tells quickly, by the first one, whether others may be these. None where a
             tensor is not on this device, or this backend could not give the very bits that the host would.
         """
         ...

@@ -32,6 +32,7 @@ from onnx_refit.weights.provenance.expression import tensors_of
 from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.source import WeightSource
 
+_RECENT = 4  # sets of tensors that are remembered: a trainer may have two that take turns
 _ACCEPTED = (RejectReason.DTYPE, "")  # the reason is not looked at where there is no refusal
 
 
@@ -98,7 +99,7 @@ class InPlaceRefit:
         self._retainer = retainer
         self._positions = {name: sampler.positions(name, spec.size) for name, spec in self._specs.items()}
         self._sampler = sampler
-        self._last: Known | None = None
+        self._recent: list[Known] = []
 
     def again(
         self, source: object, options: CheckOptions | None, base: Version, seconds: dict[str, float]
@@ -127,12 +128,26 @@ class InPlaceRefit:
         return None if found is None else self._begin(*found, base, seconds)
 
     def _recognised(self, source: object, options: CheckOptions | None) -> tuple[Known, Sequence[object]] | None:
-        last = self._last
-        if last is None or not isinstance(source, Mapping):
+        if not isinstance(source, Mapping):
             return None
-        if not (options is last.options or (_DEFAULT if options is None else options) == last.options):
-            return None
-        return (last, last.pick(source)) if list(source) == last.keys else None
+        keys: list[str] | None = None
+        for turn, known in enumerate(self._recent):
+            if not (options is known.options or (_DEFAULT if options is None else options) == known.options):
+                continue
+            keys = list(source) if keys is None else keys
+            if keys != known.keys:
+                continue
+            tensors = known.pick(source)
+            if len(self._recent) == 1 or known.attached.begins(tensors):
+                if turn:
+                    self._recent.insert(0, self._recent.pop(turn))
+                return known, tensors
+        return None
+
+    def _remember(self, known: Known, tensors: Sequence[object]) -> None:
+        """These tensors first, instead of what was known of the place they lie at, and a few others."""
+        others = [one for one in self._recent if one.keys != known.keys or not one.attached.begins(tensors)]
+        self._recent = [known, *others[: _RECENT - 1]]
 
     def bind(self, given: WeightSource, options: CheckOptions, source: Any) -> BoundWeights:
         """Weights looked at once, for refits again and again.
@@ -175,10 +190,11 @@ class InPlaceRefit:
             origin = None if known is None else origin_of(given)
         if known is None or origin is None:
             return None
-        pending = self._begin(known, known.pick(origin.tensors), base, seconds)
+        tensors = known.pick(origin.tensors)
+        pending = self._begin(known, tensors, base, seconds)
         found = None if pending is None else pending[1]()
         if found is not None and known.steady:
-            self._last = known
+            self._remember(known, tensors)
         return found
 
     def _look(self, given: WeightSource, options: CheckOptions) -> Known | None:

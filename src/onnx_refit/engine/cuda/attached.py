@@ -125,6 +125,14 @@ class Attached:
             0 if one.tensor is None else addresses[one.tensor] + one.offset * one.dtype.itemsize for one in lying
         ]
 
+    def begins(self, tensors: Sequence[Any]) -> bool:
+        """Whether the first of these lies where the first of those did."""
+        first = tensors[0]
+        try:
+            return isinstance(first, torch.Tensor) and first.data_ptr() == self.form.addresses[0]
+        except RuntimeError:  # without memory by now
+            return False
+
     def hold(self, tensors: Sequence[Tensor]) -> None:
         """Keep the memory of these very tensors from being given back."""
         self._storages = [tensor.untyped_storage() for tensor in tensors]

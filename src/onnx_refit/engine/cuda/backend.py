@@ -188,6 +188,12 @@ class CudaBackend(CompiledBackend):
         self, sources: Mapping[str, Source], base: WeightSet | None, changed: frozenset[str] | None
     ) -> CudaWeightSet:
         if base is None or changed is None:
+            # In half precision the sources are twice what is made of them: not worth keeping where the host does.
+            if self._layout.behind and self._real is torch.float32:
+                unfolded = self._taker.unfolded()
+                self._filler.fill_unfolded(unfolded, unfolded.kept(), sources)
+                self._finish()
+                return CudaWeightSet(unfolded)
             arena = Arena(self._layout, self.device)
             self._filler.fill(arena, sources, self._all)
             self._finish()

@@ -40,6 +40,7 @@ class Bound(Mapping[str, Tensor]):
         self.filler = filler
         self.copied = [self._tensors[name] for name in filler.copied]
         self.computed = [self._tensors[name] for name in filler.computed_from]
+        self.unfolded = [self._tensors[name] for name in (*filler.copied, *filler.kept.slots)]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -64,6 +65,7 @@ class Filler:
 
     Attributes:
         copied: source weights that are copied, in the order of their kernel's table.
+        kept: those that are no engine weights, as they lie behind what a folding leaves out.
         computed_from: source weights that formulas read, in the order of theirs.
         formulas: engine weights that kernels compute, and how.
     """
@@ -93,6 +95,8 @@ class Filler:
         self.formulas = {name: found[name] for name in found if layout.slots[name].source is None}
         self.computed_from = sources_of(self.formulas)
         self._rest = frozenset(layout.slots) - self._direct - self.formulas.keys()
+        engine = set(self.copied)
+        self.kept = Layout([spec for name, spec in self._specs.items() if name not in engine], torch.float32)
         self._noted: Bound | None = None  # whose addresses the tables hold
 
     def _as_it_is(self, slot: Slot) -> bool:
@@ -110,6 +114,14 @@ class Filler:
     def _copies(self) -> Copies:
         """All weights that are copies, by one kernel."""
         return Copies(self._table, list(enumerate(self._places)))
+
+    @cached_property
+    def _unfolded(self) -> tuple[Table, Copies, PinnedCopies]:
+        """The same, and those that are kept, to behind the layout's stem: by one kernel, or from pinned memory."""
+        parts = [*self._parts, *(self._part(name) for name in self.kept.slots)]
+        places = [*self._places, *(self._layout.stem + slot.offset for slot in self.kept.slots.values())]
+        table = Table(parts, self._device)
+        return table, Copies(table, list(enumerate(places))), PinnedCopies(parts, places, self._device)
 
     @cached_property
     def _pinned(self) -> PinnedCopies:
@@ -188,6 +200,53 @@ class Filler:
         self._noted = bound
         self._enqueue(arena)
         return True
+
+    def fill_unfolded(self, arena: Arena, kept: Arena, sources: Mapping[str, Source]) -> None:
+        """The same for an arena some of whose weights are made later: their sources are copied.
+
+        Args:
+            arena: of the whole layout.
+            kept: of ``self.kept``, behind the arena's stem.
+            sources: see ``fill``; all of them.
+
+        Raises:
+            EngineError: see ``fill``.
+        """
+        rest = frozenset(arena.layout.slots) - arena.later
+        if self._kernels and self._copy_unfolded(arena, sources):
+            rest = rest - self._direct
+        else:
+            hosted = {n: _host_bytes(sources[n], self._specs[n]) for n in self.kept.slots if _on_host(sources[n])}
+            with torch.no_grad():
+                self._uploader.fill(kept, hosted)
+                for name in self.kept.slots.keys() - hosted.keys():
+                    kept.view(name).copy_(from_dlpack(sources[name], self._specs[name]), non_blocking=True)
+        if rest:
+            with torch.no_grad():
+                self.one_by_one(arena, sources, rest)
+
+    def _copy_unfolded(self, arena: Arena, sources: Mapping[str, Source]) -> bool:
+        """All copies at once, if all sources lie on this device or all in pinned memory."""
+        table, copies, pinned = self._unfolded
+        if isinstance(sources, Bound) and sources.filler is self:
+            if self._noted is sources:
+                copies.enqueue(arena.storage)
+                if table.has(sources.unfolded):
+                    return True
+            self._noted = None
+            if not table.note(sources.unfolded):
+                return False
+            self._noted = sources
+            copies.enqueue(arena.storage)
+            return True
+        self._noted = None
+        values = [sources[name] for name in (*self.copied, *self.kept.slots)]
+        if table.fits(values):
+            if not table.note(values):
+                return False
+            copies.enqueue(arena.storage)
+            return True
+        return pinned.enqueue(arena.storage, values)
 
     def _enqueue(self, arena: Arena) -> None:
         for family in self._families:

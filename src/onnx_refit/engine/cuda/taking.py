@@ -197,9 +197,11 @@ class Taker:
         made = Arena(wanted.layout, self._device)
         return made, Arena(wanted.aside, self._device) if wanted.aside.nbytes else self._nothing
 
-    def unfolded(self) -> Arena:
-        """Memory for a whole set, some of whose weights are made later."""
-        return Unfolded(self._folding, self._recycled.memory())
+    def unfolded(self) -> Unfolded:
+        """Memory for a whole set, some of whose weights are made later; it is not used again at once."""
+        made = Unfolded(self._folding, self._recycled.memory())
+        made.keep()
+        return made
 
     def close(self) -> None:
         """Give back memory that no version holds."""
@@ -212,8 +214,7 @@ class Taker:
 
     @cached_property
     def _folding(self) -> Folding:
-        kept = [spec for name, spec in self._specs.items() if name not in self._recoverable]
-        return Folding(self._layout, Layout(kept, torch.float32), self._specs, self._filler, self._device)
+        return Folding(self._layout, self._filler.kept, self._specs, self._filler, self._device)
 
     def _settle(
         self,

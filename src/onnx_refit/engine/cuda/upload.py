@@ -141,7 +141,8 @@ class Uploader:
                     pending.insert(0, (end, data[room:]))
                     break
             _copy(copies)
-            arena.storage[begin:end].copy_(buffer[: end - begin], non_blocking=self._pinned)
+            there = arena.storage[arena.begin + begin : arena.begin + end]
+            there.copy_(buffer[: end - begin], non_blocking=self._pinned)
             if self._events[turn] is not None:
                 self._events[turn].record()
 
