@@ -93,7 +93,8 @@ class CudaBackend(CompiledBackend):
                 "copy a version's weights to where recorded graphs read them",
                 Verdict.ACCEPTED,
                 "recorded graphs hold addresses: the first request after a commit (or for another version) pays one "
-                "copy within the device, and the weights take that memory once more",
+                "copy within the device, and the weights take that memory once more; what whole refits leave to be computed "
+                "(folded weights) is computed then instead",
             ),
         ]
         if self._options.precision is not Precision.FP32:
