@@ -93,8 +93,8 @@ class CudaBackend(CompiledBackend):
                 "copy a version's weights to where recorded graphs read them",
                 Verdict.ACCEPTED,
                 "recorded graphs hold addresses: the first request after a commit (or for another version) pays one "
-                "copy within the device, and the weights take that memory once more; what whole refits leave to be computed "
-                "(folded weights) is computed then instead",
+                "copy within the device (folded weights that whole refits leave to be computed are computed then), and "
+                "the weights take that memory once more",
             ),
         ]
         if self._options.precision is not Precision.FP32:
