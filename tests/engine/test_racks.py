@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_refit.engine.onnxruntime.backend import OnnxRuntimeBackend
+from onnx_refit.engine.onnxruntime.buffers import RackLease
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array
+from tests.support.interrupts import Interrupt, at_line, interrupt
 
 from .compiled_by_hand import random_like
 from .test_backend import X, backend_of, mlp
@@ -116,3 +121,19 @@ def test_living_sets_answer_as_they_did_at_first(steps: list[tuple[str, int]]) -
         for made, answer in living:
             assert np.array_equal(backend.run(made, X)["y"], answer)
     backend.close()
+
+
+@pytest.mark.parametrize("step", range(1, 13))
+def test_an_interrupt_while_a_rack_is_shared_gives_no_memory_to_two(step: int) -> None:
+    backend, weights = backend_of(mlp())
+    base, first = derived(backend, weights), derived(backend, weights)
+    changed = {"b1": weights["b1"] + 1}
+    with at_line(RackLease.share.__code__, step, interrupt), contextlib.suppress(Interrupt):
+        derived(backend, changed, first, frozenset(changed))
+    del first
+    gc.collect()
+    derived(backend, changed, base, frozenset(changed))  # takes single storages out of a rack, and gives one back
+    assert all(len({id(s) for s in spare}) == len(spare) <= 1 for spare in backend._pool._spare.values())
+    living = [derived(backend, random_like(weights, seed)) for seed in range(3)]
+    for one, other in itertools.combinations([base, *living], 2):
+        assert not addresses(one) & addresses(other)

@@ -145,9 +145,9 @@ class RackLease:
         Whoever calls this holds a weight set that has the lease.
         """
         if self._whole:
+            self._whole = False  # first: an interrupt may leave buffers without an owner, but never with two
             for buffer in self.rack.buffers.values():
                 buffer.owner = self._pool
-            self._whole = False
 
     def __del__(self) -> None:
         # In any thread: no lock may be taken here.
