@@ -324,6 +324,21 @@ def test_who_works_on_a_batch_keeps_all_that_it_points_at() -> None:
     assert held() is None
 
 
+def test_a_batch_keeps_tensors_whose_addresses_were_known_before() -> None:
+    recipe = whole(TensorSpec("t", "float32", (100,)), PREFIX + "w")
+    steady: dict[str, Array] = {PREFIX + "w": np.ones(100, np.float32)}
+    held = weakref.ref(steady[PREFIX + "w"])
+    made = batcher(recipe, steady)
+    ready = made.ready({"t": Storage(recipe.spec)}, {}, steady, {})
+    del steady
+    made.rest()
+    gc.collect()
+    assert held() is not None  # an interrupt may have left a thread that reads it
+    del ready
+    gc.collect()
+    assert held() is None
+
+
 def test_gathers() -> None:
     rng = np.random.default_rng(0)
     w = rng.standard_normal(500).astype(np.float32)
