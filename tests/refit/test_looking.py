@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnx_refit.refit.packet import SMALL, Packet
 from onnx_refit.refit.unchanged import Sampler, unchanged
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.sources.arrays import ArraysSource
+from tests.support.interrupts import Interrupt, at_line, interrupt
 
 # Large ones that are looked at in parts, one of which only arithmetic reads, and small ones that are joined.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -162,6 +164,23 @@ def test_a_packet_joins_the_small_ones_in_the_same_memory_each_time() -> None:
     assert again is first
     assert packet.views["a"] is views["a"]
     assert views["a"].tolist() == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize("cleared", range(1, 13))
+def test_what_a_packet_joins_is_what_its_views_show_whoever_clears_or_interrupts_it(cleared: int) -> None:
+    for interrupted in range(1, 13):
+        packet = Packet([TensorSpec("a", "float32", (3, 2)), TensorSpec("b", "float32", ())])
+        for number in range(3):
+            given = {"a": np.full((3, 2), number, np.float32), "b": np.array(number, np.float32)}
+            step, act = [(cleared, packet.clear), (interrupted, interrupt), (0, interrupt)][number]
+            joined = None
+            with at_line(Packet.join.__code__, step, act), contextlib.suppress(Interrupt):
+                joined = packet.join(given)
+            if joined is not None:
+                assert joined.tolist() == [number] * 7
+                views = packet.views
+                assert all(np.shares_memory(joined, view) for view in views.values())
+                assert number == 0 or views
 
 
 def test_samples_tell_small_and_large_weights_that_changed() -> None:

@@ -41,8 +41,8 @@ class Packet:
         self.size: int = ends[-1] if ends else 0
         self.roll = roll
         self._native = None if roll is None or roll.native is None else Joined(roll, self.names)
-        self._joined: Array | None = None
-        self._views: dict[str, Array] = {}
+        # One attribute for both, which somebody may clear meanwhile: so they never belong to different memory.
+        self._memory: tuple[Array, Mapping[str, Array]] | None = None
 
     def range(self, names: frozenset[str]) -> tuple[int, int]:
         """First element and end of these weights, which lie side by side."""
@@ -57,14 +57,13 @@ class Packet:
 
     def join(self, arrays: Mapping[str, Array]) -> Array:
         """All weights, flat, in this packet's own memory: good until the next call."""
-        joined = self._joined
-        if joined is None or len(self._views) < len(self.names):  # somebody may be clearing them
-            joined = np.empty(self.size, np.float32)
-            self._views = {
-                name: joined[begin:end].reshape(shape)
-                for name, (begin, end), shape in zip(self.names, self._ranges, self._shapes, strict=True)
-            }
-            self._joined = joined
+        memory = self._memory
+        if memory is None:
+            whole = np.empty(self.size, np.float32)
+            parts = zip(self.names, self._ranges, self._shapes, strict=True)
+            views = {name: whole[begin:end].reshape(shape) for name, (begin, end), shape in parts}
+            self._memory = memory = whole, views
+        joined = memory[0]
         addresses = arrays.addresses if isinstance(arrays, Called) else None
         if self._native is not None and addresses is not None:
             self._native.into(addresses, address_of(joined))
@@ -74,9 +73,10 @@ class Packet:
 
     @property
     def views(self) -> Mapping[str, Array]:
-        """Each weight in what was joined last: the same arrays after each call."""
-        return self._views
+        """Each weight in what was joined last: the same arrays after each call; none where it was cleared since."""
+        memory = self._memory
+        return {} if memory is None else memory[1]
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._joined, self._views = None, {}
+        self._memory = None
