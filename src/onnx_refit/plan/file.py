@@ -19,6 +19,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], dig
         program=RefitProgram(
             model=None if program is None else onnx.load_model_from_string(program),
             passthrough=dict(manifest["passthrough"]),
-            dependencies={name: frozenset(on) for name, on in manifest["dependencies"].items()},
+            dependencies={intern(name): frozenset(map(intern, on)) for name, on in manifest["dependencies"].items()},
         ),
         sources=tuple(
             SourceWeight(_spec(entry), tuple(entry["uses"]), entry["origin"]) for entry in manifest["sources"]
@@ -269,4 +270,4 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:
     shape = entry["shape"]
     numpy_dtype(entry["dtype"])
-    return TensorSpec(entry["name"], entry["dtype"], None if shape is None else tuple(shape))
+    return TensorSpec(intern(entry["name"]), intern(entry["dtype"]), None if shape is None else tuple(shape))

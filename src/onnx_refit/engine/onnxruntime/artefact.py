@@ -12,6 +12,7 @@ import platform
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,7 @@ def _spec_out(spec: TensorSpec) -> list[Any]:
 
 
 def _spec_in(entry: list[Any]) -> TensorSpec:
-    return TensorSpec(entry[0], entry[1], tuple(entry[2]))
+    return TensorSpec(intern(entry[0]), intern(entry[1]), tuple(entry[2]))
 
 
 def _recipe_out(recipe: Recipe, arrays: dict[str, Array]) -> dict[str, Any]:
@@ -170,13 +171,13 @@ def _recipe_out(recipe: Recipe, arrays: dict[str, Array]) -> dict[str, Any]:
 
 def _recipe_in(entry: dict[str, Any], archive: Mapping[str, Array]) -> Recipe:
     pieces = tuple(
-        Piece(tuple(dims), _walk_in(target), tuple(Operand(name, _walk_in(walk)) for name, walk in operands))
+        Piece(tuple(dims), _walk_in(target), tuple(Operand(intern(name), _walk_in(walk)) for name, walk in operands))
         for dims, target, operands in entry["pieces"]
     )
     gathers = []
     for source, name in entry["gathers"]:
         positions = np.asarray(archive[name], np.int64)
-        gathers.append(Gather(source, positions[0], positions[1]))
+        gathers.append(Gather(intern(source), positions[0], positions[1]))
     return Recipe(_spec_in(entry["spec"]), pieces, tuple(gathers))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
+import onnx
 import onnxruntime as ort
 
 from onnx_refit.engine.base import CompiledBackend
@@ -70,7 +71,9 @@ class OnnxRuntimeBackend(CompiledBackend):
         self, compiled: CompiledModel, specialised: Specialised, options: OnnxRuntimeOptions, key: str
     ) -> None:
         super().__init__("onnxruntime", compiled)
-        self._specialised = specialised
+        # A parsed graph takes ten times its bytes, and is hardly ever looked at again.
+        self._graph = specialised.model.SerializeToString()
+        self._specialised = replace(specialised, model=onnx.ModelProto())
         sources = {source.spec.name: source.spec for source in compiled.sources}
         self._specs = {name: recipe.spec for name, recipe in specialised.buffers.items()}
         self._nbytes = sum(spec.nbytes for spec in self._specs.values())
@@ -90,14 +93,14 @@ class OnnxRuntimeBackend(CompiledBackend):
         self._recoverer = Recoverer(specialised, sources)
         self._session: ort.InferenceSession | None = None
         if self._hosts is None:
-            self._session = make_session(specialised.model, session_options(options.threads))
+            self._session = make_session(self._graph, session_options(options.threads))
         self._outputs = tuple(spec.name for spec in compiled.outputs)
         self._key = key
         self._second: SecondTier | None = None
         # Each session reads its own weights; what only the second tier reads is no input of the first one's session.
         weights = frozenset(value.name for value in specialised.model.graph.input) - {s.name for s in compiled.inputs}
         self._read = weights & (self._specs.keys() - own.keys())
-        self._empty = EmptyProducts(specialised.model, weights, self._outputs, block, options.threads)
+        self._empty = EmptyProducts(self._graph, weights, self._outputs, block, options.threads)
         self._deadly = deadly_extents(compiled.activation, compiled.inputs)
         if specialised.second is not None:
             self._second = SecondTier(specialised.second, self._specs, options.threads)
@@ -114,7 +117,8 @@ class OnnxRuntimeBackend(CompiledBackend):
 
     def artefact(self) -> bytes | None:
         """The host specialisation, to give to ``create`` again on the same host."""
-        return dump(self._specialised, self._key)
+        whole = replace(self._specialised, model=onnx.ModelProto.FromString(self._graph))
+        return dump(whole, self._key)
 
     def required(self, changed: frozenset[str]) -> frozenset[str]:
         """The source weights that deriving every engine weight which reads one of ``changed`` needs."""

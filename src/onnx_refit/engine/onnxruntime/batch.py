@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -293,6 +293,8 @@ class Batcher:
             if len(self._programs) > _KEPT:
                 self._programs.clear()
             found = self._programs[key] = self._compiled(chosen)
+            if names is self.names:  # parts of it from now on: moves are not small beside small weights
+                self._parts.update(zip(sorted(names), found.parts, strict=False))
         return found
 
     def _compiled(self, chosen: Sequence[_Part]) -> _Program:
@@ -305,7 +307,18 @@ class Batcher:
         reads = [(name, slot) for name, slot in self._reads.items() if slot in slots]
         nbytes = sum(part.nbytes for part in chosen)
         places = moves.ctypes.data, bounds.ctypes.data
-        return _Program(moves, bounds, places, sum(part.elements for part in chosen), nbytes, reads, chosen)
+        return _Program(
+            moves, bounds, places, sum(part.elements for part in chosen), nbytes, reads, list(_views(chosen, moves))
+        )
+
+
+def _views(parts: Sequence[_Part], moves: Array) -> Iterator[_Part]:
+    """The same parts, their moves read out of those of all of them."""
+    begin = 0
+    for part in parts:
+        end = begin + len(part.moves)
+        yield replace(part, moves=moves[begin:end])
+        begin = end
 
 
 def _part(parts: Sequence[Unit]) -> _Part:

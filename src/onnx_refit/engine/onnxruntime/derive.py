@@ -160,8 +160,12 @@ class Deriver:
         self._widens = any(writer.widened for writer in self._writers.values())
         self._count = len(specialised.buffers)
         self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
+        self._plain = {key: name for name, key in self._keys.items()}
         self._sources = {n: self._only_sources(reads, self._program.sources_of) for n, reads in self._reads.items()}
         self._needed = {n: self._only_sources(reads, self._program.needed_for) for n, reads in self._reads.items()}
+        for name, sources in self._sources.items():
+            if self._needed[name] == sources:  # mostly: hundreds of equal sets would be seen beside small weights
+                self._needed[name] = sources
         every = frozenset().union(*self._reads.values()) if self._reads else frozenset()
         self._all_needs = {name: name.partition(":")[2] for name in sorted(every)}
         self._all_computed = _computed(self._all_needs)
@@ -187,12 +191,11 @@ class Deriver:
                 names |= self._closure(self._staged[name])
         return frozenset(names)
 
-    @staticmethod
-    def _only_sources(names: Iterable[str], through: Callable[[str], frozenset[str]]) -> frozenset[str]:
+    def _only_sources(self, names: Iterable[str], through: Callable[[str], frozenset[str]]) -> frozenset[str]:
         found: set[str] = set()
         for name in names:
-            if name.startswith(SOURCE):
-                found.add(name.removeprefix(SOURCE))
+            if name in self._plain:
+                found.add(self._plain[name])
             elif name.startswith(COMPUTED):
                 found |= through(name.removeprefix(COMPUTED))
         return frozenset(found)

@@ -32,16 +32,14 @@ class EmptyProducts:
     """Runs what the blocked products of a graph refuse. Thread-safe.
 
     Args:
-        model: the graph with blocked products; its weights are graph inputs.
+        model: the graph with blocked products, serialised; its weights are graph inputs.
         weights: those inputs.
         outputs: the model's outputs.
         block: the host's block size.
         threads: intra-op threads.
     """
 
-    def __init__(
-        self, model: onnx.ModelProto, weights: frozenset[str], outputs: Sequence[str], block: int, threads: int
-    ) -> None:
+    def __init__(self, model: bytes, weights: frozenset[str], outputs: Sequence[str], block: int, threads: int) -> None:
         self._model = model
         self._weights = weights
         self._outputs = tuple(outputs)
@@ -58,7 +56,7 @@ class EmptyProducts:
         """Run one inference with these weights; EngineError where ONNX Runtime fails here too."""
         with self._lock:
             if self._session is None:
-                plain = plain_products(self._model, self._block)
+                plain = plain_products(onnx.ModelProto.FromString(self._model), self._block)
                 self._session = make_session(plain, session_options(self._threads, spinning=False))
         weights = {name: buffers[name] for name in self._weights}
         return Runner(self._session, weights, self._outputs).run(inputs)
