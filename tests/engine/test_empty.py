@@ -63,7 +63,7 @@ def check(made: onnx.ModelProto, *requests: dict[str, Array]) -> OnnxRuntimeBack
 
 
 def blocked_products(backend: OnnxRuntimeBackend) -> int:
-    return sum(node.domain == NCHWC_DOMAIN and node.op_type == "Conv" for node in backend._specialised.model.graph.node)
+    return sum(node.domain == NCHWC_DOMAIN and node.op_type == "Conv" for node in backend.graph.graph.node)
 
 
 def x(*shape: int) -> dict[str, Array]:

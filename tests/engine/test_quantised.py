@@ -75,7 +75,7 @@ def baked(values: Mapping[str, Array]) -> Array:
 def test_the_quantised_kernels_are_taken(per_channel: bool) -> None:
     compiled = compile_model(model(weights(0, per_channel=per_channel))).compiled
     backend = create(compiled)
-    operators = [each.op_type for each in backend._specialised.model.graph.node]
+    operators = [each.op_type for each in backend.graph.graph.node]
     assert operators.count("QLinearConv") == LAYERS
     assert "Conv" not in operators
     assert not [d for d in backend.decisions if d.action == "run this optimisation"]

@@ -117,8 +117,12 @@ class OnnxRuntimeBackend(CompiledBackend):
 
     def artefact(self) -> bytes | None:
         """The host specialisation, to give to ``create`` again on the same host."""
-        whole = replace(self._specialised, model=onnx.ModelProto.FromString(self._graph))
-        return dump(whole, self._key)
+        return dump(replace(self._specialised, model=self.graph), self._key)
+
+    @property
+    def graph(self) -> onnx.ModelProto:
+        """The graph that its first session runs, parsed anew."""
+        return onnx.ModelProto.FromString(self._graph)
 
     def required(self, changed: frozenset[str]) -> frozenset[str]:
         """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
