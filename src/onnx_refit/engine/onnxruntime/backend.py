@@ -122,7 +122,8 @@ class OnnxRuntimeBackend(CompiledBackend):
     @property
     def graph(self) -> onnx.ModelProto:
         """The graph that its first session runs, parsed anew."""
-        return onnx.ModelProto.FromString(self._graph)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(self._graph)
+        return model
 
     def required(self, changed: frozenset[str]) -> frozenset[str]:
         """The source weights that deriving every engine weight which reads one of ``changed`` needs."""
