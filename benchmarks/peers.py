@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx.numpy_helper
@@ -37,18 +37,25 @@ class Rebuilder:
         names: the weights that change.
     """
 
-    def __init__(self, model: onnx.ModelProto, threads: int, names: Collection[str]) -> None:
+    def __init__(self, model: onnx.ModelProto, threads: int, names: frozenset[str]) -> None:
         self._threads = threads
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
         graph = self._model.graph
+        values = {tensor.name: tensor for tensor in graph.initializer}
         nodes = []
-        for node in graph.node:  # some exporters keep weights in Constant nodes
-            if node.op_type == "Constant" and node.output[0] in names and node.attribute[0].name == "value":
-                graph.initializer.append(node.attribute[0].t)
+        for node in graph.node:
+            # Some exporters keep weights in Constant nodes, or name equal ones by an Identity of one of them.
+            held = node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].name == "value" else None
+            held = values.get(node.input[0]) if node.op_type == "Identity" else held
+            if held is not None and node.output[0] in names:
+                graph.initializer.append(held)
                 graph.initializer[-1].name = node.output[0]
             else:
                 nodes.append(node)
+        missing = names - {tensor.name for tensor in graph.initializer}
+        if missing:
+            raise ValueError(f"weights that are not found in the model: {sorted(missing)[:3]}")
         del graph.node[:]
         graph.node.extend(nodes)
         self._tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
