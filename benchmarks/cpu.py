@@ -16,7 +16,7 @@ import onnx_refit
 from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.growth import chain
-from benchmarks.measure import copy_seconds, once, race, ratio
+from benchmarks.measure import TAIL_SECONDS, copy_seconds, once, race, ratio
 from onnx_refit.tensors import Array
 
 
@@ -206,7 +206,7 @@ def _refit(case: Case, engine: onnx_refit.Engine, inputs: Mapping[str, Array]) -
     }
 
 
-def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = 3.0) -> dict[str, float]:
+def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = TAIL_SECONDS) -> dict[str, float]:
     """P99 of a client alone, and while somebody refits every 50 ms."""
     sets = [other_weights(engine, seed) for seed in (3, 4)]
 

@@ -17,6 +17,7 @@ from onnx_refit.tensors import Array
 
 Clock = Callable[[], float]
 _REST = 0.04  # seconds
+TAIL_SECONDS = 3.0  # of requests, alone and beside refits, for a p99
 
 
 def once(call: Callable[[], object]) -> float:
