@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_isolated --case encoder --input S=16 --kind compile
 
-Prints one line of JSON. In its own process because a compiler that fails on a GPU (an illegal access) takes the whole
-process with it. Processes compile side by side; they are timed one after the other, once all have compiled.
+Prints lines of JSON, of which the last counts. In its own process because a compiler that fails on a GPU (an illegal
+access) takes the whole process with it. Processes compile side by side; they are timed one after the other, once all
+have compiled.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ def _child(case: str, label: str, kind: str, device: str, place: Path, index: in
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {2 * _SECONDS} s"}
     lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
+    failed = f"exit code {done.returncode}: {done.stderr.strip()[-600:]}"
+    if lines:
         result: dict[str, Any] = json.loads(lines[-1])
-        return result
-    return {"failed": f"exit code {done.returncode}: {done.stderr.strip()[-600:]}"}
+        return result if done.returncode == 0 else {**result, "constant update failed": failed}
+    return {"failed": failed}
 
 
 def main() -> None:
@@ -109,6 +111,7 @@ def main() -> None:
             taken = statistics.median(once(call) for _ in range(200))
             result: dict[str, Any] = {"microseconds": round(taken * 1e6, 2), "seconds to build": round(seconds, 2)}
             if update is not None:
+                print(json.dumps(result), flush=True)  # should the update take the process with it
                 update()
                 result["microseconds of a constant update"] = round(
                     statistics.median(once(update) for _ in range(10)) * 1e6, 1

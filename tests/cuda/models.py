@@ -46,6 +46,25 @@ def mlp() -> onnx.ModelProto:
     )
 
 
+def wide_mlp() -> onnx.ModelProto:
+    """x[N,8] through a hidden layer of 512 and one of 512 by 512: 1 MB, which counts as large."""
+    return make(
+        [
+            helper.make_node("MatMul", ["x", "w0"], ["a"]),
+            helper.make_node("Add", ["a", "b0"], ["b"]),
+            helper.make_node("Relu", ["b"], ["c"]),
+            helper.make_node("MatMul", ["c", "w1"], ["d"]),
+            helper.make_node("MatMul", ["d", "w2"], ["y"]),
+        ],
+        {"x": ["N", 8]},
+        {"y": ["N", 4]},
+        w0=weight("w0", 8, 512),
+        b0=weight("b0", 512),
+        w1=weight("w1", 512, 512),
+        w2=weight("w2", 512, 4),
+    )
+
+
 def rows_that_influence_each_other() -> onnx.ModelProto:
     """A Softmax over the dimension N: padding it changes the outputs."""
     return make(

@@ -17,7 +17,7 @@ from onnx_refit.model.prepare import prepare  # noqa: E402
 from onnx_refit.plan.compile import compile_model  # noqa: E402
 from tests.tensorrt.bidaf import random_bidaf  # noqa: E402
 
-from .models import mlp, random_like, rows_that_influence_each_other  # noqa: E402
+from .models import mlp, random_like, rows_that_influence_each_other, wide_mlp  # noqa: E402
 from .test_backend import assert_close, bidaf_feeds, rows, same, wanted  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
@@ -87,6 +87,37 @@ def test_pinned_and_cupy_weights() -> None:
     cupy = pytest.importorskip("cupy")
     arrays = {name: cupy.asarray(array) for name, array in weights.items()}
     assert same(backend.run(backend.derive(arrays), x)["y"], wanted(model, weights, x)[0])
+
+
+def _large_and_small(odd: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights in pinned memory; the one named in a way that copies straight from there cannot take."""
+    pinned: dict[str, Any] = {name: torch.from_numpy(array).pin_memory() for name, array in weights.items()}
+    name = "w1" if odd.startswith("large") else "b0"
+    if odd.endswith("pageable"):
+        pinned[name] = torch.from_numpy(weights[name])
+    elif odd.endswith("strided"):
+        wide = torch.from_numpy(np.repeat(weights[name], 2, axis=-1)).pin_memory()
+        pinned[name] = wide[..., ::2]
+    elif odd.endswith("on the device"):
+        pinned[name] = pinned[name].cuda()
+    elif odd.endswith("array"):
+        pinned[name] = weights[name]
+    return pinned
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.parametrize("kind", ["pinned", "pageable", "strided", "on the device", "array"])
+def test_large_and_small_tensors_in_pinned_memory(size: str, kind: str) -> None:
+    """Large ones go by copy engines, small ones by a kernel beside them; what is not pinned goes another way."""
+    model, x = wide_mlp(), rows(2)
+    backend, weights = made(model)
+    for seed in range(3):  # new addresses each time
+        values = random_like(weights, seed)
+        held = backend.derive(_large_and_small(f"{size} {kind}", values))
+        through_buffers = backend.derive(values)
+        for name in backend._layout.slots:
+            assert torch.equal(held.view(name), through_buffers.view(name)), name
+        assert_close(backend.run(held, x)["y"], wanted(model, values, x)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_requests_and_refits_in_threads() -> None:

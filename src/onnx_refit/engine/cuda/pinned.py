@@ -16,7 +16,10 @@ _LARGE = 512 << 10  # bytes from which a copy engine is faster than a kernel tha
 
 
 class PinnedCopies:
-    """Copies of tensors in pinned memory to fixed places of a storage on a GPU.
+    """Copies of tensors in pinned memory to fixed places of a storage on a GPU. Not thread-safe.
+
+    The copy engines pause between two tensors, and the kernel waits for what it reads: so both run at once, on streams
+    of their own, and the link is not idle in between.
 
     Args:
         parts: what is expected of each tensor.
@@ -26,32 +29,39 @@ class PinnedCopies:
 
     def __init__(self, parts: Sequence[Part], places: Sequence[int], device: Any) -> None:
         order = sorted(range(len(parts)), key=lambda index: -parts[index].nbytes)
+        self._device = device
         self._order = order
-        self._places = [places[index] for index in order]
-        self._table = Table([parts[index] for index in order], device)
         self._large = sum(part.nbytes >= _LARGE for part in parts)
-        self._small_table = Table(self._table.parts[self._large :], device)
-        self._small = Copies(self._small_table, list(enumerate(self._places[self._large :])))
+        self._places_of_large = [(parts[index], places[index]) for index in order[: self._large]]
+        small = order[self._large :]
+        self._small_table = Table([parts[index] for index in small], device)
+        self._small = Copies(self._small_table, [(row, places[index]) for row, index in enumerate(small)])
+        self._beside = torch.cuda.Stream(device)
+        self._begin, self._end = torch.cuda.Event(), torch.cuda.Event()
 
     def enqueue(self, storage: Tensor, values: Sequence[Any]) -> bool:
         """Copy the values; False, some copied, if one of them is not dense in pinned memory as expected."""
-        tensors = [as_tensor(values[index]) for index in self._order]
-        if any(tensor is None for tensor in tensors) or not self._table.shaped(tensors):
-            return False
-        # Large ones first: the rest is looked at while they are on their way.
-        for tensor, part, place in zip(tensors, self._table.parts, self._places, strict=False):
-            if part.nbytes < _LARGE:
-                break
-            if tensor.is_cuda or not tensor.is_pinned():
+        here = torch.cuda.current_stream(self._device)
+        self._begin.record(here)
+        # Each is looked at while the one before is on its way, the largest first: of many tensors the looks take long.
+        for index, (part, place) in zip(self._order, self._places_of_large, strict=False):
+            tensor = as_tensor(values[index])
+            if tensor is None or not is_like(tensor, part) or not tensor.is_pinned():
                 return False
             target = storage[place : place + part.nbytes].view(part.dtype)
             target.copy_(tensor.detach().view(-1), non_blocking=True)
-        small = tensors[self._large :]
+        small = [as_tensor(values[index]) for index in self._order[self._large :]]
+        if any(tensor is None for tensor in small) or not self._small_table.shaped(small):
+            return False
         if any(map(_IS_CUDA, small)) or not all(map(torch.Tensor.is_pinned, small)):
             return False
-        if not self._small_table.note(small):
-            return False
-        self._small.enqueue(storage)
+        self._beside.wait_event(self._begin)
+        with torch.cuda.stream(self._beside):
+            if not self._small_table.note(small):
+                return False
+            self._small.enqueue(storage)
+        self._end.record(self._beside)
+        here.wait_event(self._end)
         return True
 
 
@@ -62,6 +72,11 @@ def as_tensor(value: Any) -> Any:
     if not is_host(value) or not value.flags.writeable or value.dtype.kind not in "fiub":
         return None
     return torch.from_numpy(value)
+
+
+def is_like(tensor: Any, part: Part) -> bool:
+    """Whether a tensor is dense and in host memory, of the expected dtype and shape."""
+    return tensor.dtype is part.dtype and not tensor.is_cuda and tensor.is_contiguous() and tensor.shape == part.shape
 
 
 def is_host(value: Any) -> bool:
