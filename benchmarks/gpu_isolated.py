@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.cases import CASES, Case
+from benchmarks.gpu_case import Measured
 from benchmarks.gpu_peers import synchronised, tf32
 from benchmarks.measure import once
 from onnx_refit.tensors import Array
@@ -166,8 +167,6 @@ def ahead(case: Case, inputs: Mapping[str, Array], device: str, kind: str) -> Ma
 
 def ours(case: Case, inputs: Mapping[str, Array], device: str, kind: str) -> Made:
     """Our engine by way of TorchInductor."""
-    from benchmarks.gpu import Measured
-
     measured = Measured(case, device)
     backend = measured.backend(inductor=True)
     held = backend.derive(measured.weights)

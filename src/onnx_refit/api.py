@@ -16,6 +16,7 @@ from onnx_refit.refit.constants import floating_constants, refuse_changed_consta
 from onnx_refit.refit.ledger import StoreLedger
 from onnx_refit.refit.live import NOTHING_TO_REFIT, Engine
 from onnx_refit.tensors import Array
+from onnx_refit.weights.mapped_view import MappedView
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.store import StoredVersion
 
@@ -121,7 +122,7 @@ def _checked(plan: Plan, weights: WeightsLike, options: CheckOptions | None) -> 
     if not plan.refittable:
         raise PlanError("the plan has no refittable weights", where=plan.path, hint=NOTHING_TO_REFIT)
     source = open_weights(weights)
-    view = source if plan.names is None else plan.names.apply(source)
+    view = source if plan.names is None else MappedView(source, plan.names)
     held = plan.weights
     current = None if held is None else held.__getitem__
     report, arrays = check_weights(plan.compiled.sources, view, current=current, options=options or CheckOptions())

@@ -20,7 +20,8 @@ from onnx_refit.model.passes import Change
 from onnx_refit.model.prepare import prepare
 from onnx_refit.plan.compile import CompileOptions, compile_model
 from onnx_refit.plan.compiled import Decision, Verdict
-from onnx_refit.plan.plan import Plan, model_fingerprint
+from onnx_refit.plan.content import model_fingerprint
+from onnx_refit.plan.plan import Plan
 from onnx_refit.weights.names import Discovery, find_names
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.source import WeightSource

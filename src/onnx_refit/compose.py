@@ -11,8 +11,9 @@ import os
 from onnx_refit.weights.delta import DeltaSource
 from onnx_refit.weights.lerp import LerpSource
 from onnx_refit.weights.lora import LoraSource, load_adapter
-from onnx_refit.weights.names import NameMap
+from onnx_refit.weights.name_map import NameMap
 from onnx_refit.weights.open import WeightsLike, open_weights
+from onnx_refit.weights.recover import RecoveredSource
 from onnx_refit.weights.source import WeightSource
 
 AdapterLike = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -35,7 +36,7 @@ def lora(base: WeightsLike, *adapters: AdapterLike, names: NameMap | None = None
     Raises:
         WeightsError: an adapter cannot be read, or is for modules or shapes that the base does not have.
     """
-    opened = open_weights(base) if names is None else names.recover(open_weights(base))
+    opened = open_weights(base) if names is None else RecoveredSource(names, open_weights(base))
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
     return LoraSource(opened, [(load_adapter(path), float(scale)) for path, scale in pairs])
 

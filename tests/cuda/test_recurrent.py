@@ -22,6 +22,7 @@ torch.set_num_threads(1)  # the tensors are small; many threads on few cores wai
 
 from onnx_refit.engine.cuda import kernels, persistent  # noqa: E402
 from onnx_refit.engine.cuda.lowering import recurrent  # noqa: E402
+from onnx_refit.engine.cuda.lowering.form import Form  # noqa: E402
 from onnx_refit.engine.cuda.lowering.program import Lowered  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -272,7 +273,7 @@ def test_clusters_of_every_width_on_a_gpu(kind: str, hidden: int, batch: int, ti
     def draw(*shape: int) -> Any:
         return torch.randn(*shape, device="cuda") / hidden**0.5
 
-    form = recurrent.Form(
+    form = Form(
         kind=kind,
         x=draw(time, batch, 24) * 8,
         w=draw(2, gates, 24),

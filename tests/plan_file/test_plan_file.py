@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import onnx_refit
 from onnx_refit.errors import OnnxRefitError, PlanFormatError, PlanMismatchError
 from onnx_refit.files import WriteError
-from onnx_refit.plan.plan import model_fingerprint
+from onnx_refit.plan.content import model_fingerprint
 from onnx_refit.weights.sources.safetensors import SafetensorsSource
 from onnx_refit.weights.write import write_safetensors
 from tests.support.models import conv_bn, mlp, mlp_input, mlp_reference, mlp_weights

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 from onnx_refit.errors import InputError
 from onnx_refit.serve.client import RefitClient, ServerError
+from onnx_refit.serve.errors import SettingsError
 from onnx_refit.serve.origins import DirectoryOrigin, NoSuchFileError, UrlOrigin, parse_name, parse_origins
-from onnx_refit.serve.settings import SettingsError
 from tests.serve.conftest import TOKEN
 from tests.serve.models import affine_weights
 

@@ -15,8 +15,9 @@ from safetensors.numpy import save
 pytest.importorskip("uvicorn")
 from onnx_refit.errors import StoreLockedError
 from onnx_refit.serve.auth import Need, need_of
+from onnx_refit.serve.errors import SettingsError
 from onnx_refit.serve.openapi import description
-from onnx_refit.serve.settings import Settings, SettingsError
+from onnx_refit.serve.settings import Settings
 from onnx_refit.serve.spool import Spool
 from tests.serve.conftest import TOKEN
 from tests.serve.models import affine_weights

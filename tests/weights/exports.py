@@ -13,6 +13,7 @@ import torch
 from onnx import numpy_helper
 
 from onnx_refit.tensors import Array
+from onnx_refit.weights.mapped_view import MappedView
 from onnx_refit.weights.provenance.expression import BatchNormFold
 
 
@@ -110,7 +111,7 @@ def compare(found, first: onnx.ModelProto, second: onnx.ModelProto, second_state
     for p, q in zip(here, there, strict=False):
         assert p[:2] == q[:2], f"the exports differ: {p} {q}"
     assert len(here) == len(there)
-    view = found.names.apply(ArraysSource(second_state))
+    view = MappedView(ArraysSource(second_state), found.names)
     wrong, absent = [], []
     for (_, _, name), (_, _, other) in zip(here, there, strict=True):
         if name not in view.specs:

@@ -10,7 +10,9 @@ import numpy as np
 from onnx_refit.plan.compiled import SourceWeight
 from onnx_refit.refit.check import CheckReport, check
 from onnx_refit.tensors import spec_of
-from onnx_refit.weights.names import Discovery, NameMap, find_names
+from onnx_refit.weights.mapped_view import MappedView
+from onnx_refit.weights.name_map import NameMap
+from onnx_refit.weights.names import Discovery, find_names
 from onnx_refit.weights.open import open_weights
 from onnx_refit.weights.provenance.clues import Clues
 
@@ -24,7 +26,7 @@ def r(*shape: int) -> Any:
 def find(weights: dict[str, Any], checkpoint: dict[str, Any], **uses: str) -> Discovery:
     clues = Clues.of_uses({name: [use] for name, use in uses.items()}) if uses else None
     found = find_names(weights, open_weights(checkpoint), clues)
-    view = found.names.apply(open_weights(checkpoint))
+    view = MappedView(open_weights(checkpoint), found.names)
     for name in found.names.entries:  # whatever was found gives the weight's own bits
         assert view.read(name).tobytes() == np.ascontiguousarray(weights[name]).tobytes()
     again = NameMap.from_json(json.loads(json.dumps(found.names.to_json())))
@@ -40,4 +42,4 @@ def sources_of(weights: dict[str, Any]) -> list[SourceWeight]:
 
 
 def outcome(names: NameMap, weights: dict[str, Any], checkpoint: dict[str, Any]) -> tuple[CheckReport, dict[str, Any]]:
-    return check(sources_of(weights), names.apply(open_weights(checkpoint)))
+    return check(sources_of(weights), MappedView(open_weights(checkpoint), names))

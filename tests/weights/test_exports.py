@@ -14,7 +14,9 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 import onnx_refit  # noqa: E402
 from onnx_refit.errors import ModelError  # noqa: E402
+from onnx_refit.weights.mapped_view import MappedView  # noqa: E402
 from onnx_refit.weights.names import find_names  # noqa: E402
+from onnx_refit.weights.recover import RecoveredSource  # noqa: E402
 from onnx_refit.weights.sentinel import export_module  # noqa: E402
 from onnx_refit.weights.sources.arrays import ArraysSource  # noqa: E402
 from onnx_refit.weights.unmerge import unmerge  # noqa: E402
@@ -133,8 +135,8 @@ def test_every_weight_of_an_export_is_found(make: Any, options: dict[str, bool],
         wrong, absent = compare(found, model, second, second_state)
         assert wrong == []
         assert {name for name, _ in absent} <= found.names.fixed
-        assert found.names.apply(ArraysSource(second_state)).dropped() == {}
-        recovered = found.names.recover(ArraysSource(weights_of(model)))
+        assert MappedView(ArraysSource(second_state), found.names).dropped() == {}
+        recovered = RecoveredSource(found.names, ArraysSource(weights_of(model)))
         assert recovered.specs
         for name in recovered.specs:
             assert recovered.read(name).tobytes() == np.ascontiguousarray(first_state[name]).tobytes()
@@ -145,8 +147,8 @@ def test_what_the_exporter_dropped_is_refused_later(make: Any) -> None:
     first, first_state, _, second_state, _ = trial(make, fresh=True, dynamo=True)
     model, _ = unmerge(first, ArraysSource(first_state))
     found = find_names(weights_of(model), ArraysSource(first_state), model)
-    assert found.names.apply(ArraysSource(first_state)).dropped() == {}
-    dropped = found.names.apply(ArraysSource(second_state)).dropped()
+    assert MappedView(ArraysSource(first_state), found.names).dropped() == {}
+    dropped = MappedView(ArraysSource(second_state), found.names).dropped()
     assert any(name.endswith("bias") for name in dropped)
 
 
@@ -163,10 +165,10 @@ def test_sentinels_leave_no_doubt_even_with_fresh_weights(make: Any, dynamo: boo
     assert model.training
     assert all(before[n].tobytes() == a.tobytes() for n, a in state_of(model).items())
     assert exported.discovery.ties == ()
-    assert exported.discovery.names.apply(ArraysSource(before)).dropped() == {}
+    assert MappedView(ArraysSource(before), exported.discovery.names).dropped() == {}
     _same_outputs(exported.model, model, args)
     randomise(model, 9)  # and through the map, another state gives another export
-    view = exported.discovery.names.apply(ArraysSource(state_of(model)))
+    view = MappedView(ArraysSource(state_of(model)), exported.discovery.names)
     for tensor in exported.model.graph.initializer:
         if tensor.name in view.specs:
             tensor.CopyFrom(numpy_helper.from_array(view.read(tensor.name), tensor.name))

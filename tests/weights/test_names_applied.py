@@ -10,7 +10,8 @@ import pytest
 
 from onnx_refit.errors import RefitRejectedError, WeightsFormatError
 from onnx_refit.refit.check import CheckOptions, RejectReason, check
-from onnx_refit.weights.names import NameMap
+from onnx_refit.weights.mapped_view import MappedView
+from onnx_refit.weights.name_map import NameMap
 from onnx_refit.weights.open import open_weights
 from tests.weights.names_support import A, B, C, find, outcome, r, sources_of
 
@@ -19,7 +20,7 @@ def test_a_new_checkpoint_goes_through_the_map() -> None:
     weights = {"12": A.T.copy(), "13": B}
     names = find(weights, {"a": A, "b": B, "steps": np.array(3)}).names
     new = {"a": C, "b": A.astype(np.float64), "steps": np.array(9)}
-    report, arrays = check(sources_of(weights), names.apply(open_weights(new)))
+    report, arrays = check(sources_of(weights), MappedView(open_weights(new), names))
     assert report.ok
     assert report.unused == ()
     assert report.accepted[0].checkpoint_names == ("a",)
@@ -30,24 +31,26 @@ def test_a_new_checkpoint_goes_through_the_map() -> None:
 def test_the_models_own_names_still_work_but_are_never_mixed_in() -> None:
     weights = {"fc.weight": A.T.copy(), "fc.bias": B}
     names = find(weights, {"fc.weight": A, "bias": B}).names
-    report, arrays = check(sources_of(weights), names.apply(open_weights({"fc.weight": C.T.copy(), "fc.bias": A})))
+    report, arrays = check(
+        sources_of(weights), MappedView(open_weights({"fc.weight": C.T.copy(), "fc.bias": A}), names)
+    )
     assert report.ok
     np.testing.assert_array_equal(arrays["fc.weight"], C.T)
-    report, _ = check(sources_of(weights), names.apply(open_weights({"fc.weight": C, "other": B})))
+    report, _ = check(sources_of(weights), MappedView(open_weights({"fc.weight": C, "other": B}), names))
     assert [m.name for m in report.missing] == ["fc.bias"]
 
 
 def test_an_unexplained_weight_never_takes_the_tensor_of_its_name() -> None:
     weights = {"w": A * np.float32(1.5) + 1, "v": B}
     names = find(weights, {"w": A, "v": B}).names
-    report, _ = check(sources_of(weights), names.apply(open_weights({"w": A, "v": B})))
+    report, _ = check(sources_of(weights), MappedView(open_weights({"w": A, "v": B}), names))
     assert [m.name for m in report.missing] == ["w"]
 
 
 def test_a_checkpoint_of_other_shapes_is_refused() -> None:
     weights = {"q": A[:2], "k": A[2:]}
     names = find(weights, {"qk": A}).names
-    report, _ = check(sources_of(weights), names.apply(open_weights({"qk": r(8, 6)})))
+    report, _ = check(sources_of(weights), MappedView(open_weights({"qk": r(8, 6)}), names))
     assert {x.reason for x in report.rejected} == {RejectReason.SHAPE}
     assert "had the shape [4, 6] when the plan was built" in report.rejected[0].text
 
@@ -62,17 +65,17 @@ def test_a_bias_that_was_zero_and_dropped_by_the_exporter_cannot_return_unnotice
     }
     names = find(weights, checkpoint).names
     assert names.neutral == {"fc.bias": 0.0}
-    assert check(sources_of(weights), names.apply(open_weights(checkpoint)))[0].ok
+    assert check(sources_of(weights), MappedView(open_weights(checkpoint), names))[0].ok
     trained = {**checkpoint, "fc.bias": np.ones(4, np.float32), "dead.bias": np.ones(4, np.float32)}
-    report, _ = check(sources_of(weights), names.apply(open_weights(trained)))
+    report, _ = check(sources_of(weights), MappedView(open_weights(trained), names))
     assert [(x.name, x.reason) for x in report.rejected] == [("fc.bias", RejectReason.DROPPED)]
 
 
 def test_a_cast_of_the_exporter_is_repeated_but_overflow_is_refused() -> None:
     weights = {"w": A.astype(np.float16)}
     names = find(weights, {"a": A}).names
-    assert check(sources_of(weights), names.apply(open_weights({"a": B})))[0].ok
-    report, _ = check(sources_of(weights), names.apply(open_weights({"a": B * 1e9})))
+    assert check(sources_of(weights), MappedView(open_weights({"a": B}), names))[0].ok
+    report, _ = check(sources_of(weights), MappedView(open_weights({"a": B * 1e9}), names))
     assert report.rejected[0].reason is RejectReason.UNREADABLE
     assert "does not fit into float16" in report.rejected[0].text
 
@@ -80,7 +83,9 @@ def test_a_cast_of_the_exporter_is_repeated_but_overflow_is_refused() -> None:
 def test_partial_refits_through_a_map() -> None:
     weights = {"12": A.T.copy(), "13": B}
     names = find(weights, {"a": A, "b": B}).names
-    report, arrays = check(sources_of(weights), names.apply(open_weights({"a": C})), options=CheckOptions(partial=True))
+    report, arrays = check(
+        sources_of(weights), MappedView(open_weights({"a": C}), names), options=CheckOptions(partial=True)
+    )
     assert report.ok
     assert list(arrays) == ["12"]
 
@@ -132,7 +137,7 @@ def test_a_map_whose_shapes_lie_gives_nothing() -> None:
         {"op": "reshape", "of": "a", "shape": [1 << 40]},
     ):
         names = NameMap.from_json({**GOOD, "entries": {"12": entry}})
-        report, arrays = check(sources_of({"12": A.T.copy()}), names.apply(open_weights({"a": A})))
+        report, arrays = check(sources_of({"12": A.T.copy()}), MappedView(open_weights({"a": A}), names))
         assert [x.reason for x in report.rejected] == [RejectReason.UNREADABLE], entry
         assert arrays == {}
 
@@ -162,7 +167,7 @@ def test_a_plan_of_a_wrong_checkpoint_still_takes_the_models_own_names() -> None
     for name, array in new.items():
         np.testing.assert_array_equal(arrays[name], array)
     report, _ = check(
-        sources_of(weights), names.apply(open_weights({"fc.bias": B})), options=CheckOptions(partial=True)
+        sources_of(weights), MappedView(open_weights({"fc.bias": B}), names), options=CheckOptions(partial=True)
     )
     assert report.ok
 

@@ -31,9 +31,9 @@ from onnx_refit.errors import ModelError, PlanFormatError, WeightsError
 from onnx_refit.model.graph import has_external_tensors
 from onnx_refit.model.vocabulary import VocabularyMap
 from onnx_refit.plan.compiled import CompiledModel, Decision, RefitProgram, SourceWeight, Verdict
-from onnx_refit.plan.plan import Plan
+from onnx_refit.plan.content import PlanContent
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
-from onnx_refit.weights.names import NameMap
+from onnx_refit.weights.name_map import NameMap
 from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.sources.safetensors import SafetensorsSource
 from onnx_refit.weights.write import write_safetensors
@@ -50,7 +50,7 @@ _AGAIN = "The file is damaged: copy it again, or build the plan again"
 _PACKED = {"int4": np.dtype(np.int8), "uint4": np.dtype(np.uint8)}
 
 
-def write_plan(plan: Plan, path: Path, *, strip: bool) -> Path:
+def write_plan(plan: PlanContent, path: Path, *, strip: bool) -> Path:
     """Write a plan; see ``Plan.save``."""
     sections = _sections(plan)
     weights = {} if strip or plan.weights is None else {n: _storable(a) for n, a in plan.weights.items()}
@@ -87,7 +87,7 @@ def write_plan(plan: Plan, path: Path, *, strip: bool) -> Path:
     return path
 
 
-def _sections(plan: Plan) -> dict[str, Array]:
+def _sections(plan: PlanContent) -> dict[str, Array]:
     sections = {_SECTION + "activation.onnx": plan.compiled.activation.SerializeToString(deterministic=True)}
     if plan.compiled.program.model is not None:
         sections[_SECTION + "program.onnx"] = plan.compiled.program.model.SerializeToString(deterministic=True)
@@ -116,7 +116,7 @@ def _digest(array: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def read_plan(path: Path, *, verify: bool) -> Plan:
+def read_plan(path: Path, *, verify: bool) -> PlanContent:
     """Read a plan; see ``Plan.load``."""
     try:
         file = SafetensorsSource(path)
@@ -177,7 +177,7 @@ def _looks_like_onnx(path: Path) -> bool:
     return len(start) == 2 and start[0] == 0x08 and start[1] <= onnx.IR_VERSION + 10
 
 
-def _require_consistent(plan: Plan, path: Path) -> None:
+def _require_consistent(plan: PlanContent, path: Path) -> None:
     """PlanFormatError unless the tables name each other's entries only."""
     compiled = plan.compiled
     for model in (compiled.activation, compiled.program.model):
@@ -201,7 +201,7 @@ def _require_consistent(plan: Plan, path: Path) -> None:
         raise PlanFormatError("the plan's tables name what is not there", where=path, hint=_AGAIN)
 
 
-def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], digests: dict[str, str]) -> Plan:
+def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], digests: dict[str, str]) -> PlanContent:
     if set(file.specs) != set(digests):
         raise PlanFormatError("the file does not hold what its manifest lists", where=path, hint=_AGAIN)
     sections: dict[str, bytes] = {}
@@ -231,7 +231,7 @@ def _assemble(path: Path, file: SafetensorsSource, manifest: dict[str, Any], dig
         derived={name: (left, right) for name, (left, right) in manifest["derived"].items()},
     )
     names = sections.get(_SECTION + "names.json")
-    return Plan(
+    return PlanContent(
         engine=manifest["engine"],
         compiled=compiled,
         weights=None if manifest["stripped"] else _weights(path, file, compiled.sources),

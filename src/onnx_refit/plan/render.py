@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from onnx_refit.plan.plan import Plan
+from onnx_refit.plan.content import PlanContent
 from onnx_refit.tensors import TensorSpec
 
 
@@ -13,7 +13,7 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": None if spec.shape is None else list(spec.shape)}
 
 
-def dependents(plan: Plan) -> dict[str, list[str]]:
+def dependents(plan: PlanContent) -> dict[str, list[str]]:
     """Source weight -> the engine weights computed from it, in the plan's order."""
     found: dict[str, list[str]] = {source.spec.name: [] for source in plan.compiled.sources}
     for spec in plan.compiled.engine_weights:
@@ -22,7 +22,7 @@ def dependents(plan: Plan) -> dict[str, list[str]]:
     return found
 
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
+def describe_plan(plan: PlanContent) -> dict[str, Any]:
     """What the plan is, as JSON-able data."""
     reads = dependents(plan)
     return {
@@ -54,7 +54,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_html(plan: Plan, rows: int = 20) -> str:
+def plan_html(plan: PlanContent, rows: int = 20) -> str:
     """A short HTML table of the plan."""
     shown = plan.compiled.sources[:rows]
     body = "".join(

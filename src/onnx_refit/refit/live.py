@@ -27,6 +27,7 @@ from onnx_refit.refit.versions import VersionInfo, VersionList, VersionTable
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.fingerprint import fingerprint
+from onnx_refit.weights.mapped_view import MappedView
 from onnx_refit.weights.open import WeightsLike, open_weights
 from onnx_refit.weights.source import WeightSource
 
@@ -247,7 +248,7 @@ class Engine:
         if not self._plan.refittable:
             raise RefitError("the plan has no refittable weights", hint=NOTHING_TO_REFIT)
         opened = open_weights(source)
-        return opened, opened if self._plan.names is None else self._plan.names.apply(opened)
+        return opened, opened if self._plan.names is None else MappedView(opened, self._plan.names)
 
     def bind(self, source: WeightsLike, options: CheckOptions | None = None, *, partial: bool = False) -> BoundWeights:
         """Look once at tensors on the engine's own device, for ``refit`` or ``stage`` from them again and again.

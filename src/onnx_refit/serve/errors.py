@@ -21,6 +21,10 @@ from onnx_refit.errors import (
 from onnx_refit.files import WriteError
 
 
+class SettingsError(OnnxRefitError):
+    """The settings contradict each other or are not safe."""
+
+
 class ServeError(OnnxRefitError):
     """A request that the server refuses.
 

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from onnx_refit.errors import InputError
-from onnx_refit.serve.errors import ServeError
-from onnx_refit.serve.settings import SettingsError
+from onnx_refit.serve.errors import ServeError, SettingsError
 
 _BLOCK = 1 << 20
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")

@@ -16,11 +16,12 @@ from onnx_refit.errors import MissingExtraError
 from onnx_refit.refit.live import Engine
 from onnx_refit.serve.app import make_app
 from onnx_refit.serve.context import Context
+from onnx_refit.serve.errors import SettingsError
 from onnx_refit.serve.http_protocol import bounded_protocol
 from onnx_refit.serve.logs import log
 from onnx_refit.serve.metrics import Metrics
 from onnx_refit.serve.model import ModelTable, ServedModel
-from onnx_refit.serve.settings import Settings, SettingsError
+from onnx_refit.serve.settings import Settings
 from onnx_refit.serve.spool import Spool
 
 try:

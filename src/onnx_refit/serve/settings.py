@@ -6,18 +6,11 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from onnx_refit.errors import OnnxRefitError
-
-if TYPE_CHECKING:
-    from onnx_refit.serve.origins import Origin
+from onnx_refit.serve.errors import SettingsError
+from onnx_refit.serve.origins import Origin
 
 MIB = 1 << 20
-
-
-class SettingsError(OnnxRefitError):
-    """The settings contradict each other or are not safe."""
 
 
 @dataclass(frozen=True)

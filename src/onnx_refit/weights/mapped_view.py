@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.name_map import NameMap
 from onnx_refit.weights.provenance.expression import Expression, Stored, dtype_of, evaluate, renamed, tensors_of
 from onnx_refit.weights.scan import same_bits
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.view import NamedView, ViewProblem, ViewProblemKind
-
-if TYPE_CHECKING:
-    from onnx_refit.weights.names import NameMap
 
 
 class MappedView:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_refit.errors import WeightsError
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.name_map import NameMap
 from onnx_refit.weights.provenance.expression import (
     Concat,
     Convert,
@@ -23,9 +23,6 @@ from onnx_refit.weights.provenance.expression import (
     Transpose,
 )
 from onnx_refit.weights.source import WeightSource
-
-if TYPE_CHECKING:
-    from onnx_refit.weights.names import NameMap
 
 
 @dataclass(frozen=True, slots=True)

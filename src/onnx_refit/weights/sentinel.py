@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 from onnx_refit.errors import MissingExtraError, ModelError
 from onnx_refit.tensors import is_floating
+from onnx_refit.weights.mapped_view import MappedView
 from onnx_refit.weights.names import Discovery, find_names
 from onnx_refit.weights.sources.arrays import ArraysSource
 from onnx_refit.weights.sources.onnx_model import OnnxModelSource
@@ -141,7 +142,7 @@ def _export(module: Any, inputs: tuple[Any, ...], dynamo: bool, options: dict[st
 
 def _fill(model: onnx.ModelProto, discovery: Discovery, checkpoint: ArraysSource) -> None:
     """Put the values of a checkpoint where the sentinels stand."""
-    view = discovery.names.apply(checkpoint)
+    view = MappedView(checkpoint, discovery.names)
     for tensor in _tensors(model.graph):
         if tensor.name in view.specs:
             name = tensor.name

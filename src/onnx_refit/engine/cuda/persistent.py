@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from onnx_refit.engine.cuda import kernels
 from onnx_refit.engine.cuda.kernels import available
+from onnx_refit.engine.cuda.lowering.form import Form
 from onnx_refit.engine.cuda.lowering.products import product
 from onnx_refit.errors import EngineError
-
-if TYPE_CHECKING:
-    from onnx_refit.engine.cuda.lowering.recurrent import Form
 
 Tensor = Any
 

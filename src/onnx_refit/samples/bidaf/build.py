@@ -11,7 +11,8 @@ from onnx_refit.api import build
 from onnx_refit.errors import ModelError, PlanError, PlanMismatchError
 from onnx_refit.model.load import load_model
 from onnx_refit.model.vocabulary import VocabularyMap
-from onnx_refit.plan.plan import Plan, model_fingerprint
+from onnx_refit.plan.content import model_fingerprint
+from onnx_refit.plan.plan import Plan
 from onnx_refit.samples.bidaf.answering import Say
 from onnx_refit.samples.bidaf.prepare import load_maps
 from onnx_refit.samples.bidaf.vocabulary import CONTEXT_CHAR, CONTEXT_WORD, QUERY_CHAR, QUERY_WORD

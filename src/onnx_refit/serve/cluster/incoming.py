@@ -13,6 +13,7 @@ from onnx_refit.serve.cluster.book import Book
 from onnx_refit.serve.cluster.messages import RefitOrder
 from onnx_refit.serve.cluster.parcel import Parcel, pack, unpack
 from onnx_refit.tensors import Array
+from onnx_refit.weights.mapped_view import MappedView
 from onnx_refit.weights.source import WeightSource
 from onnx_refit.weights.sources.arrays import ArraysSource
 
@@ -61,7 +62,7 @@ class Incoming:
     def check(self, order: RefitOrder) -> Accepted:
         """Check an order's weights; RefitRejectedError carries the report, WeightsError says that they are damaged."""
         given = ArraysSource(unpack(self._transport.open(order.weights)), order.source)
-        view: WeightSource = given if self._plan.names is None else self._plan.names.apply(given)
+        view: WeightSource = given if self._plan.names is None else MappedView(given, self._plan.names)
         looks_back = order.options.compare or order.options.measure
         current = self._book.stored().read if looks_back else None
         report, arrays = check(self._plan.compiled.sources, view, current=current, options=order.options)

@@ -7,12 +7,12 @@ for the common form; the loop for the rest (peepholes, clipping, other activatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from onnx_refit.engine.cuda import persistent
+from onnx_refit.engine.cuda.lowering.form import DEFAULTS, Form
 from onnx_refit.engine.cuda.lowering.operators import Node, Tensor, operator
 from onnx_refit.errors import EngineError
 
@@ -23,55 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": torch.nn.functional.softsign,
     "softplus": torch.nn.functional.softplus,
 }
-_DEFAULTS = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a recurrent node asks for, in one layout.
-
-    Attributes:
-        kind: ``"LSTM"``, ``"GRU"`` or ``"RNN"``.
-        x: [time, batch, inputs].
-        w: [directions, gates * hidden, inputs].
-        r: [directions, gates * hidden, hidden].
-        b: [directions, 2 * gates * hidden] or None.
-        lengths: steps of each batch element, or None for all.
-        h: [directions, batch, hidden] to begin with, or None for zeros.
-        c: the same for the cell, or None.
-        p: [directions, 3 * hidden] peepholes, or None.
-        hidden: the hidden size.
-        reversed: for every direction whether it runs backwards.
-        activations: for every direction its activations, by name.
-        clip: bound of what goes into activations, or None.
-        coupled: whether the forget gate is one minus the input gate.
-        linear_before_reset: the GRU's form.
-    """
-
-    kind: str
-    x: Tensor
-    w: Tensor
-    r: Tensor
-    b: Tensor | None
-    lengths: Tensor | None
-    h: Tensor | None
-    c: Tensor | None
-    p: Tensor | None
-    hidden: int
-    reversed: tuple[bool, ...]
-    activations: tuple[tuple[str, ...], ...]
-    clip: float | None
-    coupled: bool
-    linear_before_reset: bool
-
-    @property
-    def common(self) -> bool:
-        """Whether it is the form that libraries have."""
-        usual = tuple(_DEFAULTS[self.kind])
-        plain = self.lengths is None and self.p is None and self.clip is None and not self.coupled
-        form = self.kind != "GRU" or self.linear_before_reset
-        return plain and form and all(names == usual for names in self.activations)
 
 
 def choose(node: Node, form: Form) -> str:
@@ -153,13 +105,13 @@ def _form(
 ) -> Form:
     kind, count = node.op_type, w.shape[0]
     direction = node.get("direction", "forward")
-    names = [_name(name) for name in node.get("activations") or _DEFAULTS[kind] * count]
+    names = [_name(name) for name in node.get("activations") or DEFAULTS[kind] * count]
     if node.get("activation_alpha") or node.get("activation_beta"):
         raise EngineError("activations with parameters are not supported", where=node.name)
     unknown = [name for name in names if name not in _ACTIVATIONS]
     if unknown:
         raise EngineError(f"the activation {unknown[0]} is not supported", where=node.name)
-    each = len(_DEFAULTS[kind])
+    each = len(DEFAULTS[kind])
     return Form(
         kind=kind,
         x=x,
