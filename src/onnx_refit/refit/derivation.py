@@ -9,6 +9,7 @@ import numpy as np
 
 from onnx_refit.engine.protocol import Backend, InPlace
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
+from onnx_refit.refit.candidate import Candidate
 from onnx_refit.refit.check import CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.refit.constants import floating_constants, refuse_changed_constants
@@ -18,7 +19,6 @@ from onnx_refit.refit.inspection import Inspection
 from onnx_refit.refit.packet import Packet
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
-from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.unchanged import Sampler, unchanged
 from onnx_refit.refit.versions import Version
 from onnx_refit.refit.view import VersionWeights

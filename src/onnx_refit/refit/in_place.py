@@ -17,13 +17,13 @@ from onnx_refit.engine.protocol import Backend, InPlace, Taken
 from onnx_refit.errors import RefitError
 from onnx_refit.plan.compiled import SourceWeight
 from onnx_refit.refit.bound import BoundWeights
+from onnx_refit.refit.candidate import Candidate
 from onnx_refit.refit.check import Casting, CheckOptions, check
 from onnx_refit.refit.check_report import CheckReport, RejectReason
 from onnx_refit.refit.constants import Fixed, refuse_changed_constants
 from onnx_refit.refit.quick import frozen
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.refit.timing import timed
-from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.unchanged import Elsewhere, Sampler
 from onnx_refit.refit.versions import Version
 from onnx_refit.tensors import Array, TensorSpec

@@ -14,6 +14,7 @@ from onnx_refit.plan.compiled import Decision
 from onnx_refit.plan.plan import Plan
 from onnx_refit.refit.bound import BoundWeights, unbound
 from onnx_refit.refit.canary import Canary
+from onnx_refit.refit.candidate import Candidate
 from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.derivation import Derivation
 from onnx_refit.refit.earlier import Earlier
@@ -22,7 +23,7 @@ from onnx_refit.refit.ledger import Ledger, MemoryLedger, source_of
 from onnx_refit.refit.publishing import Publisher, Ready
 from onnx_refit.refit.report import Account, RefitReport
 from onnx_refit.refit.timing import timed
-from onnx_refit.refit.transaction import Candidate, Staged
+from onnx_refit.refit.transaction import Staged
 from onnx_refit.refit.versions import VersionInfo, VersionList, VersionTable
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array, TensorSpec

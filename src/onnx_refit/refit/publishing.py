@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from onnx_refit.errors import RefitError
+from onnx_refit.refit.candidate import Candidate
 from onnx_refit.refit.derivation import Derivation
 from onnx_refit.refit.ledger import Ledger
 from onnx_refit.refit.quick import frozen
 from onnx_refit.refit.report import Account, RefitReport
-from onnx_refit.refit.transaction import Candidate
 from onnx_refit.refit.versions import Version, VersionTable
 from onnx_refit.refit.view import VersionWeights
 

@@ -6,14 +6,12 @@ import html
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from onnx_refit.engine.protocol import FullSpeed
+from onnx_refit.refit.candidate import Candidate
 from onnx_refit.refit.check_report import CheckReport
 from onnx_refit.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from onnx_refit.refit.transaction import Candidate
 
 GB = 1e9
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 from onnx_refit.engine.protocol import WeightSet
 from onnx_refit.errors import CanaryError, RefitError
 from onnx_refit.refit.canary import Canary, CanaryResult, run_canary
+from onnx_refit.refit.candidate import Candidate
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.refit.retain import Kept
-from onnx_refit.refit.unchanged import Samples
+from onnx_refit.refit.report import RefitReport
 from onnx_refit.tensors import Array
-
-if TYPE_CHECKING:
-    from onnx_refit.refit.live import Engine
-    from onnx_refit.refit.report import RefitReport
 
 
 class State(Enum):
@@ -29,40 +25,18 @@ class State(Enum):
     DISCARDED = "discarded"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Everything a commit needs, made before anything is published.
+class Publishes(Protocol):
+    """What a staged refit needs of the engine it belongs to."""
 
-    Attributes:
-        weights: the new weight set.
-        retained: source weights to keep for later partial refits (what the engine cannot give back).
-        samples: a few elements of every source weight (see ``unchanged``).
-        base: the version it was derived from.
-        full: whether it replaces every weight, so that it does not depend on ``base``.
-        changed: names of the source weights that differ from ``base``.
-        source: where the weights came from, in words.
-        check: the report of the check.
-    """
+    def run_on(
+        self, weights: WeightSet, inputs: Mapping[str, object], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Run one inference with a weight set."""
+        ...
 
-    weights: WeightSet
-    retained: Kept
-    samples: Samples
-    base: int
-    full: bool
-    changed: frozenset[str]
-    source: str
-    check: CheckReport
-
-    def fields(self) -> dict[str, Any]:
-        """The fields of the version that this becomes, but its number and its time."""
-        return {
-            "weights": self.weights,
-            "retained": self.retained,
-            "samples": self.samples,
-            "source": self.source,
-            "parent": self.base,
-            "changed": self.changed,
-        }
+    def publish(self, staged: Staged) -> RefitReport:
+        """Make the staged weights the current version."""
+        ...
 
 
 @dataclass(repr=False)
@@ -72,7 +46,7 @@ class Staged:
     Use it as a context manager to have it discarded unless it was committed.
     """
 
-    _engine: Engine
+    _engine: Publishes
     candidate: Candidate
     seconds: dict[str, float] = field(default_factory=dict)
     state: State = State.STAGED
