@@ -6,7 +6,9 @@ import ctypes
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from onnx_refit.engine.onnxruntime.batch import Batcher, Ready
 from onnx_refit.engine.onnxruntime.buffers import Storage
 from onnx_refit.engine.onnxruntime.moving import SPLIT
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet
-from onnx_refit.moves.library import BATCH, Library, load
+from onnx_refit.moves.library import Library, load
 from onnx_refit.plan.trace.recipes import whole
 from onnx_refit.tensors import TensorSpec
 
@@ -33,7 +35,7 @@ def _slack() -> int:
     return int(ctypes.CDLL(None).prctl(_GET_TIMERSLACK, 0, 0, 0, 0))
 
 
-def _large(pause: int) -> tuple[Batcher, Ready, Storage, np.ndarray, int]:
+def large() -> tuple[Batcher, Ready, Storage, np.ndarray, int]:
     assert isinstance(found, Library)
     units = 4
     values = np.arange(units * SPLIT, dtype=np.float32)
@@ -42,7 +44,7 @@ def _large(pause: int) -> tuple[Batcher, Ready, Storage, np.ndarray, int]:
         found, {"t": whole(spec, "source:s")}, {"source:s": values.dtype}, {"source:s": values.size}, {}, "source:"
     )
     storage = Storage(spec)
-    return batcher, batcher.ready({"t": storage}, {"source:s": values}, {}, {}, pause), storage, values, units
+    return batcher, batcher.ready({"t": storage}, {"source:s": values}, {}, {}), storage, values, units
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's accounts")
@@ -51,10 +53,10 @@ def test_a_thread_sleeps_after_each_unit_if_it_should_and_is_as_it_was(pause: in
     resource = importlib.import_module("resource")  # there is none on Windows
 
     def work() -> None:
-        batcher, ready, storage, values, units = _large(pause)
+        batcher, ready, storage, values, units = large()
         before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _slack()
         slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        batcher.library.work(ready.address)
+        batcher.library.pace(ready.address, pause, 1 << 40)
         slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - slept
         assert (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _slack()) == before
         assert slept >= units if pause else slept < units
@@ -68,34 +70,37 @@ def test_a_thread_sleeps_after_each_unit_if_it_should_and_is_as_it_was(pause: in
 def test_a_thread_of_another_policy_keeps_it() -> None:
     def work() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        batcher, ready, *_ = _large(9)
-        batcher.library.work(ready.address)
+        batcher, ready, *_ = large()
+        batcher.library.pace(ready.address, 9, 1 << 40)
         assert os.sched_getscheduler(0) == os.SCHED_BATCH
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(work).result()
 
 
-@pytest.mark.parametrize(("cores", "under_way", "paused"), [(2, True, True), (2, False, False), (4, True, False)])
-def test_refits_pause_only_while_requests_need_every_core(
-    cores: int, under_way: bool, paused: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("cores", "under_way", "done_by"), [(2, True, "pace"), (2, False, "work"), (8, True, "pace")])
+def test_refits_leave_cores_and_bandwidth_to_requests_only_while_there_are_any(
+    cores: int, under_way: bool, done_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert isinstance(found, Library)
     monkeypatch.setattr(backends, "usable_cores", lambda: cores)
+    used: list[tuple[str, int]] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        def call(*arguments: int) -> Any:
+            used.append((name, arguments[1] if len(arguments) == 3 else 0))
+            return getattr(found, name)(*arguments)
+
+        return call
+
+    noted = replace(found, **{name: noting(name) for name in ("work", "pace", "share")})
+    monkeypatch.setattr(backends, "load_moves", lambda: noted)
     rng = np.random.default_rng(0)
     made = model([n("MatMul", "x w", "y")], [("x", ["M", 96])], [("y", None)], [weight(rng, "w", 96, 64)])
     options = onnx_refit.EngineOptions(2)
     plan = onnx_refit.build(made, options=onnx_refit.BuildOptions(engine=options))
-    pauses: list[int] = []
-    ready = Batcher.ready
-
-    def noted(self: Batcher, *arguments: Any, **more: Any) -> Ready:
-        done = ready(self, *arguments, **more)
-        pauses.append(done.header[BATCH.index("pause")])
-        return done
-
-    monkeypatch.setattr(Batcher, "ready", noted)
     with onnx_refit.load(plan, options=options) as engine:
-        pauses.clear()
+        used.clear()
         new = {"w": np.ones((96, 64), np.float32)}
         inputs = {"x": np.ones((1, 96), np.float32)}
         if under_way:
@@ -110,5 +115,6 @@ def test_refits_pause_only_while_requests_need_every_core(
             monkeypatch.setattr(OnnxRuntimeWeightSet, "run", run)
         else:
             engine.refit(new)
-        assert [pause > 0 for pause in pauses] == [paused]
+        assert {name for name, _ in used} == {done_by}
+        assert [rest > 0 for _, rest in used] == [under_way] * len(used)
         np.testing.assert_array_equal(engine.run(inputs)["y"], np.full((1, 64), 96, np.float32))

@@ -26,14 +26,14 @@ MOVE = np.dtype(
 )
 """One move: see ``moves.c`` for the fields."""
 
-BATCH = ("moves", "units", "addresses", "count", "stream", "pause", "next")
+BATCH = ("moves", "units", "addresses", "count", "stream", "next", "done")
 """One batch, numbers of 8 bytes all: see ``moves.c`` for the fields."""
 
 FILE = "_moves.so"
 OFF = "ONNX_REFIT_PORTABLE"
 """Environment variable: anything but nothing or 0 means to do without the native code."""
 
-_VERSION = 4
+_VERSION = 5
 _EXPECTED = _VERSION * 1_000_000 + MOVE.itemsize * 1000 + 8 * len(BATCH)
 
 
@@ -44,6 +44,10 @@ class Library:
     Attributes:
         work: does the units of the batch at this address that nobody has begun; returns when none is left to begin.
             Any number of threads may work on one batch; it does not hold the interpreter's lock.
+        pace: the same for about so many nanoseconds (the last argument), sleeping so many times as long as it works.
+        share: does one of them, and more for about so many nanoseconds; how many it took.
+        left: how many are not finished; what the others wrote can be read.
+        stop: lets nobody begin one any more, and waits until those that were begun are finished.
         call: asks arrays what they are; like the next two it holds the lock, so that none of them changes meanwhile.
             All three are explained in ``arrays.h`` and used by ``roll``.
         join: copies the elements of some of them together.
@@ -51,6 +55,10 @@ class Library:
     """
 
     work: Callable[[int], None]
+    pace: Callable[[int, int, int], None]
+    share: Callable[[int, int], int]
+    left: Callable[[int], int]
+    stop: Callable[[int], None]
     call: Callable[..., int]
     join: Callable[..., None]
     sample: Callable[..., None]
@@ -74,7 +82,8 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
     try:
         library = ctypes.CDLL(str(path))
         version = library.onnx_refit_version
-        work = library.onnx_refit_work
+        work, pace, share = library.onnx_refit_work, library.onnx_refit_pace, library.onnx_refit_share
+        left, stop = library.onnx_refit_left, library.onnx_refit_stop
         held = ctypes.PyDLL(str(path))
         call, join, sample = held.onnx_refit_call, held.onnx_refit_join, held.onnx_refit_sample
     except (OSError, AttributeError) as error:
@@ -83,13 +92,16 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
     version.argtypes = ()
     if version() != _EXPECTED:
         return Absent(f"{path.name} was compiled from another version of the source: install the package again")
-    work.restype = None
-    work.argtypes = (ctypes.c_void_p,)
     for function, result, arguments in (
+        (work, None, "a"),
+        (pace, None, "aii"),
+        (share, ctypes.c_int64, "ai"),
+        (left, ctypes.c_int64, "a"),
+        (stop, None, "a"),
         (call, ctypes.c_int64, "aiaaaa"),
         (join, None, "aaaia"),
         (sample, None, "aaaaaia"),
     ):
         function.restype = result
         function.argtypes = tuple(ctypes.c_int64 if kind == "i" else ctypes.c_void_p for kind in arguments)
-    return Library(work, call, join, sample)
+    return Library(work, pace, share, left, stop, call, join, sample)

@@ -33,7 +33,7 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
 
-#define VERSION 4
+#define VERSION 5
 #define RANK 6
 #define LANES 16
 #define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */
@@ -70,8 +70,8 @@ typedef struct {
     const uint64_t *addresses;
     int64_t count;  /* of units */
     int64_t stream; /* whether targets are so large that writing them through the caches only empties these */
-    int64_t pause;  /* times as long as it took to sleep after each unit: requests need the cores more; see pace.h */
     int64_t next;   /* the first unit that nobody has begun */
+    int64_t done;   /* units that are finished: what they wrote is seen by whoever sees this */
 } batch;
 
 typedef float floats __attribute__((vector_size(16)));
@@ -373,24 +373,55 @@ static void gather(const move *m, const uint64_t *addresses) {
 
 int64_t onnx_refit_version(void) { return VERSION * 1000000 + (int64_t)sizeof(move) * 1000 + (int64_t)sizeof(batch); }
 
-void onnx_refit_work(batch *b) {
-    pace own = pace_begin(b->pause);
-    for (;;) {
-        int64_t unit = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED);
-        if (unit >= b->count) break;
-        for (int64_t i = b->units[unit]; i < b->units[unit + 1]; i++) {
-            const move *m = b->moves + i;
-            if (m->kind == LOOK)
-                look(m, b->addresses, (int)b->stream);
-            else if (m->kind == GATHER)
-                gather(m, b->addresses);
-            else
-                box(m, b->addresses, (int)b->stream);
-        }
-        pace_rest(&own);
+/* Do a unit that nobody has begun; 0 where there is none. */
+static int one(batch *b) {
+    if (__atomic_load_n(&b->next, __ATOMIC_RELAXED) >= b->count) return 0; /* asked often, `next` must not run over */
+    int64_t unit = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED);
+    if (unit >= b->count) return 0;
+    for (int64_t i = b->units[unit]; i < b->units[unit + 1]; i++) {
+        const move *m = b->moves + i;
+        if (m->kind == LOOK)
+            look(m, b->addresses, (int)b->stream);
+        else if (m->kind == GATHER)
+            gather(m, b->addresses);
+        else
+            box(m, b->addresses, (int)b->stream);
     }
-    pace_end(&own);
 #if defined(__SSE2__)
     _mm_sfence(); /* streamed stores are seen before whatever says that this is done */
 #endif
+    __atomic_fetch_add(&b->done, 1, __ATOMIC_RELEASE);
+    return 1;
+}
+
+/* Until none is left to begin. */
+void onnx_refit_work(batch *b) {
+    while (one(b)) {}
+}
+
+/* The same for so many nanoseconds, sleeping so many times as long as it works: others need the cores more. */
+void onnx_refit_pace(batch *b, int64_t times, int64_t most) {
+    pace own = pace_begin(times);
+    while (one(b) && own.begin - own.start < most) pace_rest(&own);
+    pace_end(&own);
+}
+
+/* One unit, and as many more as are likely to end within so many nanoseconds; gives those that it took. */
+int64_t onnx_refit_share(batch *b, int64_t most) {
+    int64_t start = now(), took = 0, units = 0;
+    while (one(b)) {
+        took = now() - start;
+        if (took + took / ++units > most) break;
+    }
+    return took;
+}
+
+/* Units that are not finished. */
+int64_t onnx_refit_left(batch *b) { return b->count - __atomic_load_n(&b->done, __ATOMIC_ACQUIRE); }
+
+/* Let nobody begin a unit from now on, and wait for those that were begun: a unit takes less than a millisecond. */
+void onnx_refit_stop(batch *b) {
+    int64_t begun = __atomic_exchange_n(&b->next, b->count, __ATOMIC_RELAXED);
+    if (begun > b->count) begun = b->count;
+    while (__atomic_load_n(&b->done, __ATOMIC_ACQUIRE) < begun) nanosleep(&(struct timespec){0, 20000}, NULL);
 }

@@ -21,6 +21,7 @@ from onnx_refit.engine.onnxruntime.recover import Recoverer
 from onnx_refit.engine.onnxruntime.recurrence import deadly_extents, refuse_empty
 from onnx_refit.engine.onnxruntime.specialise import Specialised, specialise
 from onnx_refit.engine.onnxruntime.tiers import SecondTier
+from onnx_refit.engine.onnxruntime.traffic import Traffic
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet, Runner
 from onnx_refit.engine.protocol import Inspector, WeightSet
 from onnx_refit.errors import EngineError
@@ -82,8 +83,7 @@ class OnnxRuntimeBackend(CompiledBackend):
             self._hosts = HostPool(specialised.model, specialised.packed, options.threads)
         own: Mapping[str, TensorSpec] = {} if self._hosts is None else self._hosts.specs
         threads = options.threads or usable_cores()
-        self._crowded = threads >= usable_cores()
-        self._requests: set[object] = set()  # one for each request in flight; sets grow and shrink atomically
+        self._traffic = Traffic(threads, usable_cores())
         block = block_size()
         library = load_moves()
         self._deriver = Deriver(specialised, compiled.program.model, sources, block, threads, library)
@@ -171,9 +171,9 @@ class OnnxRuntimeBackend(CompiledBackend):
         return made
 
     @property
-    def _aside(self) -> bool:
-        """Whether requests need the cores that a refit would take."""
-        return self._crowded and bool(self._requests)
+    def _beside(self) -> Traffic | None:
+        """The requests that a refit has to let go first; None where there are none."""
+        return self._traffic if self._traffic.flows else None
 
     def _all(self, sources: Mapping[str, Array], inspector: Inspector | None) -> OnnxRuntimeWeightSet:
         """A weight set of which everything is new."""
@@ -185,7 +185,7 @@ class OnnxRuntimeBackend(CompiledBackend):
         if lease is not None:
             targets = {**lease.host.storages, **targets}
             buffers = {**hosted, **buffers}
-        self._deriver.derive(sources, targets, inspector, rack=rack, aside=self._aside)
+        self._deriver.derive(sources, targets, inspector, rack=rack, beside=self._beside)
         if lease is not None:
             lease.settle(hosted)
         session = self._session if lease is None else lease.host.session
@@ -205,7 +205,7 @@ class OnnxRuntimeBackend(CompiledBackend):
         lease, hosted = self._lease(earlier.buffers, renew)
         fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in renew}
         targets = {name: buffer.storage for name, buffer in fresh.items()}
-        self._deriver.derive(sources, targets, inspector, aside=self._aside)
+        self._deriver.derive(sources, targets, inspector, beside=self._beside)
         if lease is not None:
             lease.settle(hosted.keys() & renew)
         made = {**hosted, **fresh}
@@ -238,16 +238,17 @@ class OnnxRuntimeBackend(CompiledBackend):
         own = _own(weights)
         if self._deadly:
             refuse_empty(self._deadly, inputs)
-        request = object()
+        request, traffic = object(), self._traffic
         try:
-            self._requests.add(request)
+            traffic.begin(request)
             values = own.run(inputs)
+            traffic.help(request)
         except EngineError as error:
             if not self._empty.concerns(error):
                 raise
             values = self._empty.run(self._plain(own.buffers), inputs)
         finally:
-            self._requests.discard(request)
+            traffic.end(request)
         results = dict(zip(self._outputs, values, strict=True))
         return results if outputs is None else {name: results[name] for name in outputs}
 

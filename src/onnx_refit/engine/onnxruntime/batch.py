@@ -15,12 +15,13 @@ from onnx_refit.engine.onnxruntime.moving import Slots, Unit, look_slots, lookin
 from onnx_refit.engine.protocol import Look
 from onnx_refit.errors import EngineError
 from onnx_refit.moves.addresses import address_of
-from onnx_refit.moves.library import LOOK, MOVE, NOWHERE, Library
+from onnx_refit.moves.library import BATCH, LOOK, MOVE, NOWHERE, Library
 from onnx_refit.moves.roll import Called
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import Array
 
 _STREAMED = 8 << 20  # bytes written; more do not stay in the caches anyway
+_COUNT = BATCH.index("count")
 _KEPT = 8  # lists of moves for partial refits
 
 
@@ -83,6 +84,11 @@ class Ready:
     flags: bytearray
     looks: Sequence[Look]
     held: tuple[object, ...]
+
+    @property
+    def units(self) -> int:
+        """How many units it has."""
+        return self.header[_COUNT]
 
     @property
     def address(self) -> int:
@@ -170,7 +176,6 @@ class Batcher:
         tensors: Mapping[str, Array],
         steady: Mapping[str, Array],
         claims: Mapping[str, Look],
-        pause: int = 0,
         rack: Rack | None = None,
         called: Called | None = None,
     ) -> Ready:
@@ -181,7 +186,6 @@ class Batcher:
             tensors: the flat, C-contiguous tensors that their recipes read.
             steady: some of them, in the very same memory as long as this is the same mapping.
             claims: source weight -> what to do with each of its elements; of ``seen`` only.
-            pause: times as long as it took to sleep after each unit.
             rack: where some of the targets lie, or all.
             called: the source weights, if their addresses are known: then ``tensors`` need not have them.
 
@@ -234,7 +238,7 @@ class Batcher:
             if look.watched:
                 addresses[flag] = first + number
         stream = int(program.nbytes + kept > _STREAMED)
-        header = array("q", (*program.places, addresses.buffer_info()[0], len(program.bounds) - 1, stream, pause, 0))
+        header = array("q", (*program.places, addresses.buffer_info()[0], len(program.bounds) - 1, stream, 0, 0))
         held = program, addresses, tensors, steady, targets, called
         return Ready(header, program.elements, flags, tuple(claims.values()), held)
 

@@ -19,6 +19,7 @@ from onnx_refit.engine.onnxruntime.crew import Crew, Task
 from onnx_refit.engine.onnxruntime.packer import Caster, Packer
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
+from onnx_refit.engine.onnxruntime.traffic import Traffic
 from onnx_refit.engine.onnxruntime.writers import WIDE, Writer, alone
 from onnx_refit.engine.protocol import Inspector, Look
 from onnx_refit.errors import EngineError
@@ -30,7 +31,6 @@ from onnx_refit.threads import step_back
 
 _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 _MOVED = 1 << 19  # elements; the same for native code
-_PAUSE = 9  # times what a unit of native code takes, to sleep after it, where requests go first
 _ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
 _BUNDLES = 4
 _LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
@@ -225,7 +225,7 @@ class Deriver:
         inspector: Inspector | None = None,
         *,
         rack: Rack | None = None,
-        aside: bool = False,
+        beside: Traffic | None = None,
     ) -> None:
         """Write these engine weights, and let the inspector look at the sources.
 
@@ -234,7 +234,7 @@ class Deriver:
             targets: engine weight -> where it goes.
             inspector: see ``Backend.derive``.
             rack: where some of them, or all, lie together.
-            aside: whether to leave the cores to others for the most part, and so to take a few times as long.
+            beside: the requests to let go first, and so to take a few times as long; None where there are none.
 
         Raises:
             EngineError: a source is missing, or a computation failed.
@@ -247,7 +247,7 @@ class Deriver:
                     tensors[WIDE + name] = self._widen(tensors[name])
                 claims, looks, tasks = self._looks(sources, targets, inspector)
                 called = sources if isinstance(sources, Called) and not tensors else None
-                ready = self._ready(targets, rack, tensors, steady, claims, _PAUSE if aside else 0, called)
+                ready = self._ready(targets, rack, tensors, steady, claims, called)
                 for name, writer in self._others(targets):
                     if name in steady.writers:
                         tasks += steady.tasks(writer, targets[name])
@@ -260,7 +260,7 @@ class Deriver:
                 storage.settled = False
             if rack is not None:
                 rack.settled = False
-            self._run(tasks, ready, alone=aside)
+            self._run(tasks, ready, beside)
             if ready is not None:
                 ready.tell()
             for storage in single:
@@ -330,7 +330,6 @@ class Deriver:
         tensors: Mapping[str, Array],
         steady: Steady,
         claims: Mapping[str, Look],
-        pause: int,
         called: Called | None,
     ) -> Ready | None:
         """The batch of what native code does; None if that is nothing."""
@@ -340,7 +339,7 @@ class Deriver:
         own = targets
         if not self._every_moved:
             own = {name: storage for name, storage in targets.items() if name in batcher.names}
-        return batcher.ready(own, tensors, steady.flats, claims, pause, rack, called) if own or claims else None
+        return batcher.ready(own, tensors, steady.flats, claims, rack, called) if own or claims else None
 
     def _others(self, targets: Mapping[str, Storage]) -> Iterable[tuple[str, Writer]]:
         """The targets that Python writes."""
@@ -367,12 +366,17 @@ class Deriver:
         needed = set().union(*(self._reads[name] for name in targets))
         return {name: name.partition(":")[2] for name in needed}
 
-    def _run(self, tasks: list[Task], ready: Ready | None, *, alone: bool) -> None:
+    def _run(self, tasks: list[Task], ready: Ready | None, beside: Traffic | None) -> None:
+        if beside is not None:
+            if ready is not None and self._batcher is not None:
+                beside.carry(self._batcher.library, ready)
+            _do(tasks)
+            return
         batch: list[Task] = []
         if ready is not None and self._batcher is not None:
             batch = [(ready.elements, self._batcher.work, (ready,))]
         moved = sum(task[0] for task in batch)
-        if self._pool is None or alone or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
+        if self._pool is None or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
             _do(batch + tasks)
             return
         # Each thread works on the same batch until nothing of it is left to begin.
