@@ -23,6 +23,9 @@ class InputChecker:
         self._dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in inputs}
         # In graph order, so that a map which reads another's output finds it.
         self._maps = tuple(preprocessors)
+        # Name, dtype and shape of the last inputs that were right: most requests look like the one before, and after a
+        # large model has run, when no code of this is in the processor's caches, the whole check takes 50 to 100 us.
+        self._last: tuple[tuple[str, np.dtype[np.generic], tuple[int, ...]], ...] | None = None
 
     def __call__(self, given: Mapping[str, object]) -> dict[str, Array]:
         """Check and map all inputs.
@@ -37,6 +40,17 @@ class InputChecker:
             InputError: an input is missing, unknown, of another dtype, of a shape that does not fit, or two inputs
                 disagree about a named dimension.
         """
+        if self._last is not None and type(given) is dict and len(given) == len(self._last):
+            same: dict[str, Array] = {}
+            for name, dtype, shape in self._last:
+                array = given.get(name)
+                if type(array) is not np.ndarray or array.dtype is not dtype or array.shape != shape:
+                    break
+                if not array.flags.c_contiguous:
+                    break
+                same[name] = array
+            else:
+                return same
         if not isinstance(given, Mapping):
             raise InputError(f"the inputs are a {type(given).__name__}, not a mapping of names to arrays")
         if self._maps:
@@ -50,6 +64,7 @@ class InputChecker:
             if spec.shape is not None:
                 _fit(spec, array.shape, bound)
             prepared[name] = array
+        self._last = tuple((name, self._dtypes[name], array.shape) for name, array in prepared.items())
         return prepared
 
     def _mapped(self, given: Mapping[str, object]) -> dict[str, object]:

@@ -6,13 +6,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
 
-import numpy as np
 import onnxruntime as ort
 
 from onnx_refit.engine.onnxruntime.buffers import Buffer, RackLease
-from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_outputs, run_plain
+from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_inputs, has_plain_outputs, run_plain
 from onnx_refit.errors import EngineError
-from onnx_refit.tensors import Array, is_extension
+from onnx_refit.tensors import Array
 
 _FEW = 24  # weights; fewer are fed anew with each request, more are bound once
 
@@ -62,11 +61,7 @@ class Runner:
         self._values: dict[str, Value] = {name: buffer.storage.value for name, buffer in weights.items()}
         self._arrays = {name: buffer.array for name, buffer in weights.items()}
         self.outputs = tuple(outputs)
-        self._plain = (
-            len(weights) <= _FEW
-            and not any(is_extension(array.dtype) for array in self._arrays.values())
-            and has_plain_outputs(session)
-        )
+        self._plain = len(weights) <= _FEW and has_plain_inputs(session) and has_plain_outputs(session)
         self._idle: list[Binding] = []
 
     def renewed(self, session: ort.InferenceSession, weights: Mapping[str, Buffer]) -> Runner:
@@ -80,7 +75,7 @@ class Runner:
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; EngineError where ONNX Runtime fails."""
-        if self._plain and not any(is_extension(array.dtype) for array in inputs.values()):
+        if self._plain:
             return run_plain(self.session, self.outputs, {**self._arrays, **inputs})
         try:
             binding = self._idle.pop()
@@ -88,7 +83,7 @@ class Runner:
             binding = Binding(self.session, self._values, self.outputs)
         try:
             # Not given back after a failure: what it then holds is unknown.
-            results = binding.run((name, np.asarray(array, order="C")) for name, array in inputs.items())
+            results = binding.run(inputs.items())
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime failed: {error}") from error
         self._idle.append(binding)
