@@ -16,7 +16,7 @@ import onnx_refit
 from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.growth import chain
-from benchmarks.measure import TAIL_SECONDS, copy_seconds, once, race, ratio
+from benchmarks.measure import TAIL_SECONDS, TAIL_WINDOWS, copy_seconds, once, race, ratio
 from onnx_refit.tensors import Array
 
 
@@ -206,39 +206,55 @@ def _refit(case: Case, engine: onnx_refit.Engine, inputs: Mapping[str, Array]) -
     }
 
 
-def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = TAIL_SECONDS) -> dict[str, float]:
-    """P99 of a client alone, and while somebody refits every 50 ms."""
+def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = TAIL_SECONDS) -> dict[str, Any]:
+    """P99 of a client alone, and while somebody refits every 50 ms: windows of each in turn, and medians of them.
+
+    Each window beside refits is compared with the one alone before it: their ratio does not see the machine's drift,
+    and the median over the windows does not see what else happened in one of them.
+    """
     sets = [other_weights(engine, seed) for seed in (3, 4)]
 
-    def client(stop: float) -> list[float]:
-        found = []
+    def client(length: float) -> list[float]:
+        found, stop = [], time.perf_counter() + length
         while time.perf_counter() < stop:
             found.append(once(lambda: engine.run(inputs)))
         return found
 
-    client(time.perf_counter() + 0.5)
-    idle = client(time.perf_counter() + seconds)
-    done = threading.Event()
-    count = 0
+    def beside(length: float) -> tuple[list[float], int]:
+        done = threading.Event()
+        count = 0
 
-    def refits() -> None:
-        nonlocal count
-        while not done.is_set():
-            began = time.perf_counter()
-            engine.refit(sets[count % 2])
-            count += 1
-            done.wait(max(0.0, 0.05 - (time.perf_counter() - began)))
+        def refits() -> None:
+            nonlocal count
+            while not done.is_set():
+                began = time.perf_counter()
+                engine.refit(sets[count % 2])
+                count += not done.is_set()  # one that the window cut off is not counted
+                done.wait(max(0.0, 0.05 - (time.perf_counter() - began)))
 
-    thread = threading.Thread(target=refits)
-    thread.start()
-    busy = client(time.perf_counter() + seconds)
-    done.set()
-    thread.join()
-    p99 = {"idle_p99_seconds": float(np.quantile(idle, 0.99)), "refit_p99_seconds": float(np.quantile(busy, 0.99))}
-    medians = {"idle_p50_seconds": float(np.median(idle)), "refit_p50_seconds": float(np.median(busy))}
+        thread = threading.Thread(target=refits)
+        thread.start()
+        try:
+            return client(length), count
+        finally:
+            done.set()
+            thread.join()
+
+    client(0.5)
+    beside(0.5)
+    windows = [(client(seconds), *beside(seconds)) for _ in range(TAIL_WINDOWS)]
+    ratios = [float(np.quantile(busy, 0.99) / np.quantile(idle, 0.99)) for idle, busy, _ in windows]
+
+    def middle(place: int, quantile: float) -> float:
+        return statistics.median(float(np.quantile(window[place], quantile)) for window in windows)
+
     return {
-        **p99,
-        **medians,
-        "p99_over_idle": p99["refit_p99_seconds"] / p99["idle_p99_seconds"],
-        "refits": float(count),
+        "idle_p99_seconds": middle(0, 0.99),
+        "refit_p99_seconds": middle(1, 0.99),
+        "idle_p50_seconds": middle(0, 0.5),
+        "refit_p50_seconds": middle(1, 0.5),
+        "p99_over_idle": statistics.median(ratios),
+        "p99_over_idle_of_windows": ratios,
+        "refits": float(sum(count for *_, count in windows)),
+        "seconds": TAIL_WINDOWS * seconds,
     }

@@ -17,7 +17,8 @@ from onnx_refit.tensors import Array
 
 Clock = Callable[[], float]
 _REST = 0.04  # seconds
-TAIL_SECONDS = 3.0  # of requests, alone and beside refits, for a p99
+TAIL_SECONDS = 2.0  # of requests, for a p99
+TAIL_WINDOWS = 5  # of so many seconds alone, and as many beside refits, in turn
 
 
 def once(call: Callable[[], object]) -> float:
