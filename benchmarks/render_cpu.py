@@ -9,13 +9,6 @@ from benchmarks.pages import table
 
 PEERS = ("OpenVINO f32", "OpenVINO bf16", "PyTorch", "torch.compile")
 
-_TAIL = {
-    True: "P99 under refits is that of one client while another thread refits every 50 ms, over that alone:"
-    " windows of both in turn, and the median of their ratios",
-    False: "P99 under refits is that of one client while another thread refits every 50 ms for three seconds, over the"
-    " same client's in the three seconds before",  # figures taken before there were windows
-}
-
 
 def cpu_tables(data: dict[str, Any]) -> str:
     """All CPU figures as Markdown."""
@@ -52,7 +45,8 @@ def cpu_tables(data: dict[str, Any]) -> str:
         " caches; the alternating copy takes two sources and three targets in turn, as refits do. A rebuild goes from"
         " new arrays to the first answer too: the arrays put into the ONNX model, the model serialised, a session made"
         " of it; the quickest one hands the arrays to the session instead (`add_external_initializers`)."
-        f" {_TAIL[all('seconds' in row['tail'] for entry in data['cases'].values() for row in entry['rows'])]}:\n"
+        " P99 under refits is that of one client while another thread refits every 50 ms, over that alone: windows of"
+        " both in turn, and the median of their ratios:\n"
     )
     refits = []
     for entry in data["cases"].values():
@@ -71,7 +65,7 @@ def cpu_tables(data: dict[str, Any]) -> str:
                     f"{refit['quickest_rebuild_over_refit']:.1f}x" if "quickest_rebuild_over_refit" in refit else "–",
                     f"{refit['partial']['over_full']:.3f}",
                     f"{tail['p99_over_idle']:.2f}",
-                    f"{tail['refits'] / tail.get('seconds', 3.0):.0f}",
+                    f"{tail['refits'] / tail['seconds']:.0f}",
                 ]
             )
     columns = [

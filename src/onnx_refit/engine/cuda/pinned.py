@@ -18,8 +18,8 @@ _LARGE = 512 << 10  # bytes from which a copy engine is faster than a kernel tha
 class PinnedCopies:
     """Copies of tensors in pinned memory to fixed places of a storage on a GPU. Not thread-safe.
 
-    The copy engines pause between two tensors, and the kernel waits for what it reads: so both run at once, on streams
-    of their own, and the link is not idle in between.
+    The kernel has a stream of its own, because it is told addresses: where these are new, they would wait behind the
+    large copies. From the same tensors again, one stream would do as well.
 
     Args:
         parts: what is expected of each tensor.
