@@ -336,14 +336,16 @@ def test_a_whole_node_is_lost(under_load, ray_cluster):
 
 def test_a_replica_that_is_stopped_is_ended_and_replaced(under_load):
     """SIGSTOP: it neither answers nor ends, and could go on with the old version whenever it is let."""
+    from onnx_refit.serve.ray.process import start_time
+
     before = under_load.replicas()
     victim = next(iter(before.values()))
     # The traffic's requests to it hang too: only Serve's health check, or its end, lets them go elsewhere.
     failpoints.arm("coordinator", "decided", -victim)
     report = under_load.refit()
     assert report.lost == (next(iter(before)),)
-    with pytest.raises(ProcessLookupError):
-        os.kill(victim, 0)
+    # Its parent may not have taken note yet, so an ended process may still have its number.
+    assert start_time(victim) is None
 
 
 def test_replicas_come_and_go_with_the_wanted_number(ray_cluster, affine_plan, tmp_path):

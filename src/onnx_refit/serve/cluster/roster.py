@@ -95,12 +95,10 @@ class Roster:
             await self.drop(name)
 
     async def drop_ended(self) -> None:
-        """Forget those that have ended."""
+        """Forget those that have ended, once they certainly answer nobody any more."""
         names = list(self._members)
         alive = await asyncio.gather(*(self._members[name].alive() for name in names))
-        for name, lives in zip(names, alive, strict=True):
-            if not lives:
-                await self.drop(name)
+        await asyncio.gather(*(self.end(name) for name, lives in zip(names, alive, strict=True) if not lives))
 
     async def ask(self, name: str, command: Command, seconds: float) -> Reply | ClusterError:
         """A replica's reply; a ReplicaLostError if it has ended, a ClusterError if it is silent. Neither is raised."""

@@ -26,7 +26,7 @@ _AGAIN_SECONDS = 0.5
 def here() -> dict[str, str]:
     """How ``end`` finds the process that calls."""
     pid = os.getpid()
-    return {"node": ray.get_runtime_context().get_node_id(), "pid": str(pid), "started": _started(pid) or ""}
+    return {"node": ray.get_runtime_context().get_node_id(), "pid": str(pid), "started": start_time(pid) or ""}
 
 
 async def alive(member: Member) -> bool:
@@ -47,17 +47,16 @@ async def alive(member: Member) -> bool:
 async def end(member: Member) -> None:
     """Kill a replica, and return when its process is gone.
 
-    Ray calls an actor that it kills dead a moment before its process has ended, and until then that may answer. So a
-    task on its node looks after the process itself. If the whole node has died there is nothing to look after.
+    Ray calls an actor that is killed, by us or by Serve's health check, dead a moment before its process has ended, and
+    until then that may answer. So a task on its node looks after the process itself, whatever Ray says of the actor. If
+    the whole node has died there is nothing to look after.
     """
-    if not await alive(member):
-        # It died by itself, which Ray notices by the end of the process.
-        return
-    log("a replica is ended", level=logging.WARNING, replica=member.name)
-    with contextlib.suppress(RayError):
-        actor = await asyncio.to_thread(_find, member)
-        if actor is not None:
-            ray.kill(actor, no_restart=True)
+    if await alive(member):
+        log("a replica is ended", level=logging.WARNING, replica=member.name)
+        with contextlib.suppress(RayError):
+            actor = await asyncio.to_thread(_find, member)
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
     node = member.address["node"]
     where = NodeAffinitySchedulingStrategy(node, soft=False)
     task = ray.remote(_bury).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
@@ -79,7 +78,7 @@ def _find(member: Member) -> Any:
 
 def _bury(pid: int, started: str) -> None:
     """Kill a process of this machine, and wait until it is gone."""
-    while (_started(pid) or "") == started:
+    while (start_time(pid) or "") == started:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -87,7 +86,7 @@ def _bury(pid: int, started: str) -> None:
         time.sleep(0.01)
 
 
-def _started(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """When a process was started, in ticks since boot; None if it is gone (or there is no /proc).
 
     The field after the name, which may hold spaces and brackets: see proc(5), ``/proc/pid/stat``, field 22.
