@@ -11,7 +11,7 @@ help:  ## Show this help
 
 # Everything is pinned with hashes; pip checks them. --no-compile keeps the environment under 300 MB: Python compiles
 # what it imports when it first does. The package itself is installed from this folder, editable.
-$(VENV)/.installed: pyproject.toml hatch_build.py src/onnx_refit/moves/moves.c src/onnx_refit/moves/arrays.h src/onnx_refit/moves/pace.h constraints/base.txt
+$(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard src/onnx_refit/moves/*.[ch]) constraints/base.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r constraints/base.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -35,7 +35,7 @@ test: $(VENV)/.installed  ## Run the default tests
 	$(BIN)/python -m pytest -n auto
 
 # The server's tests have an environment of their own: see constraints/serve.in.
-$(VENV)-serve/.installed: pyproject.toml hatch_build.py src/onnx_refit/moves/moves.c src/onnx_refit/moves/arrays.h src/onnx_refit/moves/pace.h constraints/serve.txt
+$(VENV)-serve/.installed: pyproject.toml hatch_build.py $(wildcard src/onnx_refit/moves/*.[ch]) constraints/serve.txt
 	$(PYTHON) -m venv $(VENV)-serve
 	$(VENV)-serve/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/serve.txt
 	$(VENV)-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -45,7 +45,7 @@ test-serve: $(VENV)-serve/.installed  ## Run the server's tests, with the client
 	$(VENV)-serve/bin/python -m pytest tests/serve -m "serve or not serve"
 
 # So do those of the deployment across machines: see constraints/ray.in.
-$(VENV)-ray/.installed: pyproject.toml hatch_build.py src/onnx_refit/moves/moves.c src/onnx_refit/moves/arrays.h src/onnx_refit/moves/pace.h constraints/ray.txt
+$(VENV)-ray/.installed: pyproject.toml hatch_build.py $(wildcard src/onnx_refit/moves/*.[ch]) constraints/ray.txt
 	$(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints/ray.txt
 	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -117,10 +117,13 @@ def test_what_does_not_compile_is_said(hook: ModuleType, tmp_path: Path) -> None
 
 
 @compiler
+@pytest.mark.parametrize("narrow", [False, True])
 def test_nothing_that_c_leaves_undefined_is_done(
-    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: bool
 ) -> None:
-    monkeypatch.setenv("CC", "cc -fsanitize=undefined -fsanitize-undefined-trap-on-error")
+    """As here, and as on a processor without wide registers."""
+    flags = "-fsanitize=undefined -fsanitize-undefined-trap-on-error" + " -DONNX_REFIT_NARROW" * narrow
+    monkeypatch.setenv("CC", f"cc {flags}")
     problem = hook.compiled(SOURCE, tmp_path / FILE)
     if problem:
         pytest.skip(f"the compiler has no such check: {problem}")
@@ -137,6 +140,8 @@ def test_nothing_that_c_leaves_undefined_is_done(
         "tests.test_any_order_of_axes()\n"
         "tests.test_products_are_those_of_numpy()\n"
         "tests.test_what_is_not_finite_is_seen_wherever_it_is()\n"
+        "for kept in (False, True):\n"
+        "    tests.test_what_is_not_finite_is_seen_while_it_is_moved(block=16, turned=True, kept=kept)\n"
         "import tests.engine.test_roll as roll\n"
         "roll.found = tests.found\n"
         "roll.test_it_is_native_where_it_was_compiled()\n"

@@ -33,7 +33,7 @@ FILE = "_moves.so"
 OFF = "ONNX_REFIT_PORTABLE"
 """Environment variable: anything but nothing or 0 means to do without the native code."""
 
-_VERSION = 5
+_VERSION = 6
 _EXPECTED = _VERSION * 1_000_000 + MOVE.itemsize * 1000 + 8 * len(BATCH)
 
 

@@ -6,7 +6,7 @@
  * makes the moves has checked that each stays inside its tensors (engine/onnxruntime/moving.py).
  *
  * Plain C with the vector extension of GCC and Clang, for any processor: 4x4 tiles are transposed in registers. Only
- * stores that pass the caches by (SSE2) and the widest registers for the look (x86 Linux) are chosen by platform.
+ * stores that pass the caches by (SSE2) and the widest registers (x86 Linux) are chosen by platform.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* SCHED_BATCH */
@@ -33,10 +33,11 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
 
-#define VERSION 5
+#define VERSION 6
 #define RANK 6
 #define LANES 16
 #define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */
+#define FETCHED 8192 /* bytes from what is read to what is fetched meanwhile */
 
 #include "arrays.h"
 #include "pace.h"
@@ -51,7 +52,7 @@ typedef struct {
     int64_t target;  /* slot; of a LOOK: where to keep a copy, perhaps nowhere */
     int64_t source;  /* slot; of a LOOK: what to look at, perhaps nothing */
     int64_t factor;  /* slot, or -1 */
-    int64_t flag;    /* slot: a byte to set where something is not finite, perhaps none; of LOOKs and wide ROWS */
+    int64_t flag;    /* slot: a byte to set where something is not finite, perhaps none; not of WALK and GATHER */
     int64_t target_offset;
     int64_t source_offset;
     int64_t factor_offset;
@@ -110,6 +111,17 @@ static inline int any(integers lanes) { return (lanes[0] | lanes[1] | lanes[2] |
 
 static inline int aligned(const void *address, uintptr_t bytes) { return ((uintptr_t)address & (bytes - 1)) == 0; }
 
+typedef struct {
+    int64_t run;            /* elements that lie side by side in the source */
+    int64_t t_step;         /* from one of them to the next in the target, or: */
+    const int64_t *offsets; /* where each of them goes */
+    int64_t s_step;         /* from one lane to the next in the source; side by side in the target */
+} tile;
+
+static inline int64_t place(const tile *k, int64_t r) { return k->offsets ? k->offsets[r] : r * k->t_step; }
+
+#include "wide.h"
+
 /* ---- looking ------------------------------------------------------------------------------------------------- */
 
 #define ANY_SET(name, type)                                                              \
@@ -140,8 +152,9 @@ static void copy(uint8_t *to, const uint8_t *from, size_t bytes, int stream) {
 
 typedef int16_t shorts __attribute__((vector_size(16)));
 
-/* The same, and whether all bits of `exponent` are set in any of these elements of 2 or 4 bytes. */
-static int copy_looking(uint8_t *to, const uint8_t *from, size_t bytes, int64_t size, int64_t exponent, int stream) {
+/* The same, and whether all bits of `exponent` are set in any of these elements of 2 or 4 bytes. `then` is read next. */
+static int copy_looking(
+    uint8_t *to, const uint8_t *from, size_t bytes, int64_t size, int64_t exponent, int stream, const uint8_t *then) {
     size_t head = stream ? (size_t)(-(uintptr_t)to & 63) : 0, i;
     if (head > bytes) head = bytes;
     size_t body = (bytes - head) & ~(size_t)63;
@@ -149,7 +162,9 @@ static int copy_looking(uint8_t *to, const uint8_t *from, size_t bytes, int64_t 
     int16_t low = (int16_t)exponent;
     shorts half_found = {0}, halves = {low, low, low, low, low, low, low, low};
     memcpy(to, from, head);
-    if (size == 4)
+    if (has_wide())
+        found[0] = copy_lines(to + head, from + head, body, size, exponent, stream, then);
+    else if (size == 4)
         for (i = head; i < head + body; i += 16) {
             floats value = load((const single *)(const void *)(from + i));
             found |= wrong(value, wide);
@@ -232,15 +247,6 @@ static inline void turn(const single *s, int64_t step, floats *columns) {
     columns[3] = SHUFFLE(ba, dc, 2, 3, 6, 7);
 }
 
-typedef struct {
-    int64_t run;            /* elements that lie side by side in the source */
-    int64_t t_step;         /* from one of them to the next in the target, or: */
-    const int64_t *offsets; /* where each of them goes */
-    int64_t s_step;         /* from one lane to the next in the source; side by side in the target */
-} tile;
-
-static inline int64_t place(const tile *k, int64_t r) { return k->offsets ? k->offsets[r] : r * k->t_step; }
-
 /* `count` columns, 4, 8 or 16, known when this is compiled; `by` holds their factors. */
 static inline __attribute__((always_inline)) void lanes(
     single *t, const single *s, const floats *by, const tile *k, int count, int past) {
@@ -268,14 +274,26 @@ static inline __attribute__((always_inline)) void lanes(
     }
 }
 
-static void tiles(single *t, const single *s, const single *f, int64_t f_step, const tile *k, int64_t width, int past) {
+/* Also whether all bits of `exponent`, where it is not 0, are set in any element; `then` is read next. */
+static int tiles(
+    single *t, const single *s, const single *f, int64_t f_step, const tile *k, int64_t width, int past, word exponent,
+    const single *then) {
     floats by[LANES / 4];
     int64_t w = 0;
+    int found = 0;
     while (w < width) {
         int64_t left = width - w;
         int count = left >= LANES ? LANES : left >= 8 ? 8 : left >= 4 ? 4 : 1;
         single *to = t + w;
         const single *from = s + w * k->s_step;
+        if (count == LANES && has_wide() && (!past || aligned(to, 64))) {
+            const single *next = w + LANES < width ? from + LANES * k->s_step : then;
+            found |= turn_lines(to, from, f ? f + w * f_step : NULL, f_step, k, past, exponent, next);
+            w += count;
+            continue;
+        }
+        if (exponent) /* first, which brings them into the cache */
+            for (int j = 0; j < count; j++) found |= any_set_4((const word *)(from + j * k->s_step), k->run, exponent);
         if (f)
             for (int j = 0; j < count; j++) by[j / 4][j % 4] = f[(w + j) * f_step];
         if (count == LANES)
@@ -292,6 +310,7 @@ static void tiles(single *t, const single *s, const single *f, int64_t f_step, c
                     ((word *)to)[place(k, r)] = ((const word *)from)[r];
         w += count;
     }
+    return found;
 }
 
 #define STRIDED(name, type)                                                                                    \
@@ -303,7 +322,9 @@ STRIDED(strided_2, half)
 STRIDED(strided_4, word)
 STRIDED(strided_8, twice)
 
-static int innermost(const move *m, uint8_t *t, const uint8_t *s, const single *f, int looking, int stream) {
+/* `then` is read next. */
+static int innermost(
+    const move *m, uint8_t *t, const uint8_t *s, const single *f, int looking, int stream, const uint8_t *then) {
     const int64_t *dims = m->dims, *ts = m->target_strides, *ss = m->source_strides, *fs = m->factor_strides;
     int64_t count = dims[RANK - 1], size = m->itemsize;
     int past = stream && m->lines && aligned(t, 32); /* part of a line would have to be read first */
@@ -312,7 +333,8 @@ static int innermost(const move *m, uint8_t *t, const uint8_t *s, const single *
     int found = 0;
     if (m->kind == TILES) {
         tile k = {dims[RANK - 2], ts[RANK - 2], (const int64_t *)(uintptr_t)m->to, ss[RANK - 1]};
-        tiles(to, from, f, fs[RANK - 1], &k, count, past);
+        word exponent = looking ? (word)m->take : 0;
+        found = tiles(to, from, f, fs[RANK - 1], &k, count, past, exponent, (const single *)(const void *)then);
     } else if (m->kind == ROWS && size == 4 && (f || count < WIDE)) {
         if (count == LANES && !f)
             rows(m, to, from, NULL, LANES, past);
@@ -321,7 +343,7 @@ static int innermost(const move *m, uint8_t *t, const uint8_t *s, const single *
     } else if (m->kind == ROWS) {
         for (int64_t r = 0; r < dims[RANK - 2]; r++, t += ts[RANK - 2] * size, s += ss[RANK - 2] * size)
             if (looking)
-                found |= copy_looking(t, s, (size_t)(count * size), size, m->take, stream);
+                found |= copy_looking(t, s, (size_t)(count * size), size, m->take, stream, then);
             else
                 copy(t, s, (size_t)(count * size), stream);
     } else if (f) {
@@ -336,7 +358,8 @@ static int innermost(const move *m, uint8_t *t, const uint8_t *s, const single *
     return found;
 }
 
-static void box(const move *m, const uint64_t *addresses, int stream) {
+/* `then` is read afterwards. */
+static void box(const move *m, const uint64_t *addresses, int stream, const uint8_t *then) {
     uint8_t *t = (uint8_t *)(uintptr_t)addresses[m->target] + m->target_offset * m->itemsize;
     const uint8_t *s = (const uint8_t *)(uintptr_t)addresses[m->source] + m->source_offset * m->itemsize;
     const single *f = m->factor < 0 ? NULL : (const single *)(uintptr_t)addresses[m->factor] + m->factor_offset;
@@ -344,7 +367,9 @@ static void box(const move *m, const uint64_t *addresses, int stream) {
     int outer = m->kind == WALK ? RANK - 1 : RANK - 2, found = 0;
     int64_t index[RANK] = {0};
     for (;;) {
-        found |= innermost(m, t, s, f, flag != NULL, stream);
+        uint8_t *to = t;
+        const uint8_t *from = s;
+        const single *by = f;
         int d = outer - 1;
         for (; d >= 0; d--) {
             t += m->target_strides[d] * m->itemsize;
@@ -356,6 +381,7 @@ static void box(const move *m, const uint64_t *addresses, int stream) {
             if (f) f -= m->dims[d] * m->factor_strides[d];
             index[d] = 0;
         }
+        found |= innermost(m, to, from, by, flag != NULL, stream, d < 0 ? then : s);
         if (d < 0) break;
     }
     if (found) __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
@@ -373,11 +399,23 @@ static void gather(const move *m, const uint64_t *addresses) {
 
 int64_t onnx_refit_version(void) { return VERSION * 1000000 + (int64_t)sizeof(move) * 1000 + (int64_t)sizeof(batch); }
 
-/* Do a unit that nobody has begun; 0 where there is none. */
-static int one(batch *b) {
-    if (__atomic_load_n(&b->next, __ATOMIC_RELAXED) >= b->count) return 0; /* asked often, `next` must not run over */
+/* Begin a unit; -1 where there is none. It is to be finished whatever comes. */
+static int64_t begin(batch *b) {
+    if (__atomic_load_n(&b->next, __ATOMIC_RELAXED) >= b->count) return -1; /* asked often, `next` must not run over */
     int64_t unit = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED);
-    if (unit >= b->count) return 0;
+    return unit < b->count ? unit : -1;
+}
+
+/* Where a unit begins to read. */
+static const uint8_t *first(const batch *b, int64_t unit) {
+    const move *m = b->moves + b->units[unit + 1] - 1; /* those before it look at the same */
+    const uint8_t *source = (const uint8_t *)(uintptr_t)b->addresses[m->source];
+    return source ? source + m->source_offset * m->itemsize : NULL;
+}
+
+/* Do a unit; `after` is the one that this thread does next, or -1. */
+static void finish(batch *b, int64_t unit, int64_t after) {
+    const uint8_t *then = after < 0 ? NULL : first(b, after);
     for (int64_t i = b->units[unit]; i < b->units[unit + 1]; i++) {
         const move *m = b->moves + i;
         if (m->kind == LOOK)
@@ -385,18 +423,24 @@ static int one(batch *b) {
         else if (m->kind == GATHER)
             gather(m, b->addresses);
         else
-            box(m, b->addresses, (int)b->stream);
+            box(m, b->addresses, (int)b->stream, then);
     }
 #if defined(__SSE2__)
     _mm_sfence(); /* streamed stores are seen before whatever says that this is done */
 #endif
     __atomic_fetch_add(&b->done, 1, __ATOMIC_RELEASE);
-    return 1;
+}
+
+/* Do a unit that nobody has begun; 0 where there is none. */
+static int one(batch *b) {
+    int64_t unit = begin(b);
+    if (unit >= 0) finish(b, unit, -1);
+    return unit >= 0;
 }
 
 /* Until none is left to begin. */
 void onnx_refit_work(batch *b) {
-    while (one(b)) {}
+    for (int64_t unit = begin(b), after; unit >= 0; unit = after) finish(b, unit, after = begin(b));
 }
 
 /* The same for so many nanoseconds, sleeping so many times as long as it works: others need the cores more. */

@@ -8,12 +8,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from onnx_refit.engine.onnxruntime.moving import Slots, units
-from onnx_refit.moves.library import MOVE, ROWS, WIDE
+from onnx_refit.engine.onnxruntime.moving import Row, Slots, units
+from onnx_refit.moves.library import MOVE, ROWS, TILES, WIDE
 from onnx_refit.plan.trace.recipes import Recipe, Walk
 
 _KIND, _SOURCE, _FACTOR, _DIMS = ((MOVE.names or ()).index(name) for name in ("kind", "source", "factor", "dims"))
 _SIZES = frozenset({2, 4})
+_RUN = 32  # elements side by side in the source, of each column of a tile; shorter ones are looked at one by one
 
 
 def covered(
@@ -34,15 +35,21 @@ def covered(
     }
     if not found:
         return found
-    # Only wide rows are looked at: for other moves it is faster to look first, which brings the source into the cache.
     slots = Slots()
     moves = [row for unit in units(recipe, dtypes, sizes, "target", slots) or () for row in unit.rows]
     looked = {name: [row for row in moves if slots[name] in {row[_SOURCE], row[_FACTOR]}] for name in found}
     return {
         name: found[name]
         for name, rows in looked.items()
-        if rows and all(row[_KIND] == ROWS and row[_FACTOR] < 0 and row[_DIMS][-1] >= WIDE for row in rows)
+        if rows and all(row[_SOURCE] == slots[name] != row[_FACTOR] and _looks(row) for row in rows)
     }
+
+
+def _looks(row: Row) -> bool:
+    """Whether a move looks at what it reads. For others it is faster to look first: that brings it into the cache."""
+    if row[_KIND] == TILES:
+        return bool(row[_DIMS][-2] >= _RUN)
+    return bool(row[_KIND] == ROWS and row[_FACTOR] < 0 and row[_DIMS][-1] >= WIDE)
 
 
 def _covers(recipe: Recipe, tensor: str, size: int) -> bool:
