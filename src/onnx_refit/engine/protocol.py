@@ -90,6 +90,13 @@ class Inspector(Protocol):
         """
         ...
 
+    def claim_all(self) -> Callable[[], None] | None:
+        """Claim all weights but ``lasting`` at once, if none is to be kept: what to call if an element is not finite.
+
+        None where weights have to be claimed one by one.
+        """
+        ...
+
     def claim(self, name: str) -> Look | None:
         """How to look at a source weight; None where there is nothing to look at, or not now.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -32,7 +33,7 @@ class Inspection:
         look: bool,
         lasting: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
-        self._left = {name: arrays[name] for name in (arrays if look else targets) if name not in lasting}
+        self._arrays = arrays
         self._targets = targets
         self._look = look
         self._lasting = lasting
@@ -42,6 +43,19 @@ class Inspection:
     def lasting(self) -> Mapping[str, Array]:
         """See ``Inspector``."""
         return self._lasting
+
+    @cached_property
+    def _left(self) -> dict[str, Array]:
+        """What nobody has claimed."""
+        wanted = self._arrays if self._look else self._targets
+        return {name: self._arrays[name] for name in wanted if name not in self._lasting}
+
+    def claim_all(self) -> Callable[[], None] | None:
+        """See ``Inspector.claim_all``."""
+        if not self._look or not self._targets.keys() <= self._lasting.keys():
+            return None
+        self._left = {}
+        return self._suspect
 
     def claim(self, name: str) -> Inspected | None:
         """See ``Inspector.claim``."""
@@ -58,11 +72,12 @@ class Inspection:
 
     def finish(self) -> bool:
         """Look at what nobody claimed; whether all weights are finite, or nobody looks."""
-        for name in self._left.keys() & self._targets.keys():
-            np.copyto(self._targets[name], self._left[name])
-        if self._look and not_finite(list(self._left.values())):
-            self._suspicious = True
-        self._left = {}
+        if self._left:
+            for name in self._left.keys() & self._targets.keys():
+                np.copyto(self._targets[name], self._left[name])
+            if self._look and not_finite(list(self._left.values())):
+                self._suspicious = True
+            self._left = {}
         return not self._suspicious
 
 

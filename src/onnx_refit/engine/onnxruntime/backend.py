@@ -11,10 +11,10 @@ import onnxruntime as ort
 from onnx_refit.engine.base import CompiledBackend
 from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
-from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool, Storage
+from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
 from onnx_refit.engine.onnxruntime.derive import Deriver
 from onnx_refit.engine.onnxruntime.empty import EmptyProducts
-from onnx_refit.engine.onnxruntime.hosts import Host, HostPool, Lease, NoHostError, loose
+from onnx_refit.engine.onnxruntime.hosts import HostPool, Lease, NoHostError, loose
 from onnx_refit.engine.onnxruntime.native import make_session, session_options, usable_cores
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
 from onnx_refit.engine.onnxruntime.recover import Recoverer
@@ -177,32 +177,30 @@ class OnnxRuntimeBackend(CompiledBackend):
 
     def _all(self, sources: Mapping[str, Array], inspector: Inspector | None) -> OnnxRuntimeWeightSet:
         """A weight set of which everything is new."""
-        lease, hosted = self._lease({}, self._specs.keys())
+        lease = None if self._hosts is None else self._hosts.take()
         racked = self._pool.take_all()
-        rack = racked.rack
-        targets: Mapping[str, Storage] = rack.storages
-        buffers: Mapping[str, Buffer] = rack.buffers
-        if lease is not None:
-            targets = {**lease.host.storages, **targets}
-            buffers = {**hosted, **buffers}
-        self._deriver.derive(sources, targets, inspector, rack=rack, beside=self._beside)
-        if lease is not None:
-            lease.settle(hosted)
-        session = self._session if lease is None else lease.host.session
+        rack, session = racked.rack, self._session
+        if lease is None:
+            self._deriver.derive_all(sources, rack, {}, inspector, self._beside)
+        else:
+            session = lease.host.session
+            self._deriver.derive_all(sources, rack, lease.host.storages, inspector, self._beside)
+            lease.settle(lease.host.storages)
         runner = rack.runner
         if runner is None or runner.session is not session:  # a rack mostly meets the same session again
-            read = {name: buffer for name, buffer in buffers.items() if name in self._read}
+            read = {name: buffer for name, buffer in rack.buffers.items() if name in self._read}
             assert session is not None  # there are hosts where there is no session of all
             runner = Runner(session, read, self._outputs)
             if self._second is None:  # which keeps no bindings once it runs
                 rack.runner = runner
-        return OnnxRuntimeWeightSet(buffers, self._nbytes, 0, runner, self._dead, racked)
+        return OnnxRuntimeWeightSet(None, self._nbytes, 0, runner, self._dead, racked, lease)
 
     def _some(
         self, sources: Mapping[str, Array], earlier: OnnxRuntimeWeightSet, renew: Set[str], inspector: Inspector | None
     ) -> OnnxRuntimeWeightSet:
         """A weight set that shares all but some buffers with an earlier one; nothing here looks at each of these."""
-        lease, hosted = self._lease(earlier.buffers, renew)
+        lease = self._lease(earlier, renew)
+        hosted: Mapping[str, Buffer] = {} if lease is None else lease.host.buffers
         fresh = {n: hosted[n] if n in hosted else self._pool.take(self._specs[n]) for n in renew}
         targets = {name: buffer.storage for name, buffer in fresh.items()}
         self._deriver.derive(sources, targets, inspector, beside=self._beside)
@@ -212,23 +210,24 @@ class OnnxRuntimeBackend(CompiledBackend):
         read = {name: buffer for name, buffer in made.items() if name in self._read}
         earlier.share()
         buffers = {**earlier.buffers, **made}
-        runner = earlier.first.renewed(self._session or _host(buffers).session, read)
+        lease = lease or earlier.hosted
+        runner = earlier.first.renewed(lease.host.session if lease else earlier.first.session, read)
         shared = self._nbytes - sum(buffer.spec.nbytes for buffer in made.values())
-        return OnnxRuntimeWeightSet(buffers, self._nbytes, shared, runner, self._dead)
+        return OnnxRuntimeWeightSet(buffers, self._nbytes, shared, runner, self._dead, hosted=lease)
 
     @property
     def _dead(self) -> list[object] | None:
         return None if self._second is None else self._second.dead
 
-    def _lease(self, held: Mapping[str, Buffer], renew: Set[str]) -> tuple[Lease | None, Mapping[str, Buffer]]:
-        """A session to write these engine weights into, and all the weights that it holds; none where none changes."""
+    def _lease(self, earlier: OnnxRuntimeWeightSet, renew: Set[str]) -> Lease | None:
+        """A session to write these engine weights into, with the others that it holds; None where none changes."""
         if self._hosts is None or not self._hosts.specs.keys() & renew:
-            return None, {}
+            return None
         lease = self._hosts.take()
         left = self._hosts.specs.keys() - renew
-        if left:
-            lease.host.copy(left, _host(held))
-        return lease, lease.buffers()
+        if left and earlier.hosted is not None:
+            lease.host.copy(left, earlier.hosted.host)
+        return lease
 
     def run(
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
@@ -277,11 +276,6 @@ def _moved(library: Library | Absent, moved: int, every: int) -> Decision:
     if isinstance(library, Absent):
         return Decision(subject, action, Verdict.REJECTED, f"{library.reason}; Python does it a few times slower")
     return Decision(subject, action, Verdict.ACCEPTED, f"{moved} of {every} engine weights are only moved or scaled")
-
-
-def _host(buffers: Mapping[str, Buffer]) -> Host:
-    """The session that holds some of these."""
-    return next(lease.host for buffer in buffers.values() if isinstance(lease := buffer.owner, Lease))
 
 
 def _own(weights: WeightSet) -> OnnxRuntimeWeightSet:

@@ -23,6 +23,7 @@ from onnx_refit.tensors import Array
 _STREAMED = 8 << 20  # bytes written; more do not stay in the caches anyway
 _COUNT = BATCH.index("count")
 _KEPT = 8  # lists of moves for partial refits
+_NONE: Mapping[str, Storage] = {}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ class _Program:
     nbytes: int
     reads: Sequence[tuple[str, int]]
     parts: Sequence[_Part]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is the same whenever everything is written from sources whose addresses are known.
+
+    Attributes:
+        template: addresses, but those of targets and of sources.
+        program: the moves.
+        pairs: slot of a source, and its place in the roll.
+    """
+
+    template: array[int]
+    program: _Program
+    pairs: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -168,6 +184,9 @@ class Batcher:
         self._template = array("Q")
         self._unsettled: tuple[_Program | None, Sequence[tuple[str, int]]] = None, ()
         self._pairs: Sequence[tuple[int, int]] | None = None
+        self._whole: _Whole | None = None
+        self._flag = bytearray(1)
+        self._seen_beside: tuple[Mapping[str, Array] | None, bool] = None, False
         self._settle(self._steady)
 
     def ready(
@@ -242,6 +261,56 @@ class Batcher:
         held = program, addresses, tensors, steady, targets, called
         return Ready(header, program.elements, flags, tuple(claims.values()), held)
 
+    def sees(self, called: Called, lasting: Mapping[str, Array]) -> bool:
+        """Whether it can look at each of these that is not lasting."""
+        if self._seen_beside[0] is not lasting:
+            self._seen_beside = lasting, called.keys() - lasting.keys() <= self.seen
+        return self._seen_beside[1]
+
+    def ready_all(
+        self, called: Called, steady: Mapping[str, Array], rack: Rack, hosted: Mapping[str, Storage]
+    ) -> Ready:
+        """A batch that writes every engine weight and looks at every source that is not steady: see ``sees``.
+
+        Asked again for the same rack it does nothing but fill in where the sources are. The one flag is of them all.
+
+        Args:
+            called: all source weights, their addresses known.
+            steady: see ``ready``.
+            rack: where the targets lie, but those in ``hosted``.
+            hosted: the same mapping as long as it is the same memory.
+        """
+        if steady is not self._steady:
+            self._settle(steady)
+        whole = self._whole
+        if whole is None:
+            whole = self._whole = self._made_whole(called)
+        addresses = self._racked(rack, whole, hosted)
+        found = called.addresses
+        assert found is not None
+        for slot, place in whole.pairs:
+            addresses[slot] = found[place]
+        self._flag[0] = 0
+        program = whole.program
+        stream = int(program.nbytes > _STREAMED)
+        header = array("q", (*program.places, addresses.buffer_info()[0], len(program.bounds) - 1, stream, 0, 0))
+        return Ready(header, program.elements, self._flag, (), (program, addresses, steady, rack, hosted, called))
+
+    def _made_whole(self, called: Called) -> _Whole:
+        places = {self._prefix + name: place for place, name in enumerate(called)}
+        looked = [name for name in called if self._prefix + name not in self._steady]
+        program = self._program(self.names, looked)
+        pairs = [(slot, places[name]) for name, slot in program.reads if not self._template[slot]]
+        template = self._template[:]
+        for name in looked:
+            if name in self._moved_slots:
+                template[self._moved_slots[name]] = _buffer(self._flag)
+            else:
+                where, _, flag = self._look_slots[name]
+                pairs.append((where, places[self._prefix + name]))
+                template[flag] = _buffer(self._flag)
+        return _Whole(template, program, pairs)
+
     def work(self, ready: Ready) -> None:
         """Do units of a batch until none is left to begin; any number of threads may.
 
@@ -267,15 +336,18 @@ class Batcher:
             self._pairs = [(slot, places[name]) for name, slot in self._unsettled[1]]
         return self._pairs
 
-    def _racked(self, rack: Rack) -> array[int]:
-        """The template with the addresses of a rack's storages, made once."""
-        if rack.prepared is None or rack.prepared[0] is not self._template:
-            filled = self._template[:]
-            for name, storage in rack.storages.items():
-                if name in self._targets:
-                    filled[self._targets[name]] = storage.address
-            rack.prepared = self._template, filled
-        made: array[int] = rack.prepared[1]
+    def _racked(self, rack: Rack, whole: _Whole | None = None, hosted: Mapping[str, Storage] = _NONE) -> array[int]:
+        """A template with the addresses of a rack's storages, and of others, made once."""
+        template = self._template if whole is None else whole.template
+        key = rack.prepared
+        if key is None or key[0] is not template or key[1] is not hosted:
+            filled = template[:]
+            for storages in (rack.storages, hosted):
+                for name, storage in storages.items():
+                    if name in self._targets:
+                        filled[self._targets[name]] = storage.address
+            key = rack.prepared = template, hosted, filled
+        made: array[int] = key[2]
         return made
 
     def _settle(self, steady: Mapping[str, Array]) -> None:
@@ -285,6 +357,7 @@ class Batcher:
             if name in self._reads:
                 template[self._reads[name]] = self._address(name, flat)
         self._template, self._steady, self._unsettled, self._pairs = template, steady, (None, ()), None
+        self._whole = None
 
     def _program(self, targets: Collection[str], claims: Iterable[str]) -> _Program:
         alone = frozenset(name for name in claims if name in self._alone) if self._alone else frozenset()

@@ -72,7 +72,7 @@ class Owner(Protocol):
 class Buffer:
     """One engine weight of living weight sets: never written again once the first of them exists.
 
-    Its owner takes the memory back; one of a rack has none, for the rack goes back whole.
+    Its owner takes the memory back; one of a rack or a session has none, for these go back whole.
     """
 
     __slots__ = ("__weakref__", "owner", "storage")

@@ -218,6 +218,54 @@ class Deriver:
         """The engine weights that read one of these source weights."""
         return frozenset(name for source in changed for name in self._readers.get(source, ()))
 
+    def derive_all(
+        self,
+        sources: Mapping[str, Array],
+        rack: Rack,
+        hosted: Mapping[str, Storage],
+        inspector: Inspector | None = None,
+        beside: Traffic | None = None,
+    ) -> None:
+        """Write every engine weight; see ``derive``.
+
+        Args:
+            sources: all of them.
+            rack: where they go, but those in
+            hosted: where these go: the same mapping as long as it is the same memory.
+            inspector: see ``derive``.
+            beside: see ``derive``.
+        """
+        if inspector is None or not self._quickly(sources, rack, hosted, inspector, beside):
+            targets = {**hosted, **rack.storages} if hosted else rack.storages
+            self.derive(sources, targets, inspector, rack=rack, beside=beside)
+
+    def _quickly(
+        self,
+        sources: Mapping[str, Array],
+        rack: Rack,
+        hosted: Mapping[str, Storage],
+        inspector: Inspector,
+        beside: Traffic | None,
+    ) -> bool:
+        """The same where native code does everything with weights that it has called, and nobody keeps any; whether."""
+        if not isinstance(sources, Called) or sources.addresses is None or not self._every_moved:
+            return False
+        with self._lock:
+            tensors, steady = self._tensors(sources, self._all_needs, inspector)
+            assert self._batcher is not None
+            if tensors or not self._batcher.sees(sources, steady.lasting):
+                return False
+            suspect = inspector.claim_all()
+            if suspect is None:
+                return False
+            rack.settled = False
+            ready = self._batcher.ready_all(sources, steady.flats, rack, hosted)
+            self._run([], ready, beside)
+            if any(ready.flags):
+                suspect()
+            rack.settle()
+        return True
+
     def derive(
         self,
         sources: Mapping[str, Array],

@@ -65,12 +65,14 @@ class Host:
     Attributes:
         session: the session.
         storages: packed tensor or adopted weight -> its memory, valid as long as the session.
+        buffers: the same as buffers; the session goes back whole, so they have no owners.
         content: for each of them, what is written there: equal objects mean equal bytes.
     """
 
     def __init__(self, session: ort.InferenceSession, storages: Mapping[str, HostStorage]) -> None:
         self.session = session
         self.storages = storages
+        self.buffers: Mapping[str, Buffer] = {name: Buffer(storage, None) for name, storage in storages.items()}
         self.content: dict[str, object] = {}
 
     def copy(self, names: Iterable[str], other: Host) -> None:
@@ -82,22 +84,15 @@ class Host:
                 self.content[name] = token
 
 
-class _Nobody:
-    """Takes nothing back."""
-
-    def give_back(self, storage: Storage) -> None:
-        """Do nothing."""
-
-
 def loose(spec: TensorSpec, array: Array) -> Buffer:
     """An array as a buffer of its own."""
     storage = Storage(spec)
     np.copyto(storage.array, array)
-    return Buffer(storage, _Nobody())
+    return Buffer(storage, None)
 
 
 class Lease:
-    """A host while a weight set has it; the pool gets it back when nobody has the lease any more."""
+    """A host while weight sets have it; the pool gets it back when none has the lease any more."""
 
     def __init__(self, host: Host, pool: HostPool) -> None:
         self.host = host
@@ -105,18 +100,11 @@ class Lease:
         self.settled = False
         """Whether all its weights are written and no thread writes any more."""
 
-    def buffers(self) -> dict[str, Buffer]:
-        """Every weight that the session holds; they keep the lease."""
-        return {name: Buffer(storage, self) for name, storage in self.host.storages.items()}
-
     def settle(self, renewed: Iterable[str]) -> None:
         """Note that these were written, and that all of them are whole."""
         token = object()
         self.host.content.update(dict.fromkeys(renewed, token))
         self.settled = True
-
-    def give_back(self, storage: Storage) -> None:
-        """Do nothing: a session goes back whole."""
 
     def __del__(self) -> None:
         # In any thread: no lock may be taken here. Sessions take long to take apart: the pool's thread does it.

@@ -9,6 +9,7 @@ from copy import copy
 import onnxruntime as ort
 
 from onnx_refit.engine.onnxruntime.buffers import Buffer, RackLease
+from onnx_refit.engine.onnxruntime.hosts import Lease
 from onnx_refit.engine.onnxruntime.native import Binding, Value, has_plain_inputs, has_plain_outputs, run_plain
 from onnx_refit.errors import EngineError
 from onnx_refit.tensors import Array
@@ -94,31 +95,34 @@ class OnnxRuntimeWeightSet:
     """One immutable set of engine weights, with what runs it. Thread-safe.
 
     Attributes:
-        buffers: engine weight -> buffer.
         first: what runs it at first.
         runner: what runs it now.
+        hosted: see below.
         answered: set once it has answered a request.
 
     Args:
-        buffers: every engine weight.
+        buffers: every engine weight; None where they are just those of the rack and of the session.
         nbytes: bytes of them all.
         shared_nbytes: bytes of those that another set has too.
         runner: what runs it at first.
         dead: takes the promoted runner when the set dies; None where there is only one tier.
-        lease: of the rack that the buffers are in; None where each has an owner.
+        racked: the lease of the rack that buffers are in; None where each has an owner.
+        hosted: the lease of the session that holds some of them itself; None where none does.
     """
 
     def __init__(
         self,
-        buffers: Mapping[str, Buffer],
+        buffers: Mapping[str, Buffer] | None,
         nbytes: int,
         shared_nbytes: int,
         runner: Runner,
         dead: list[object] | None,
-        lease: RackLease | None = None,
+        racked: RackLease | None = None,
+        hosted: Lease | None = None,
     ) -> None:
-        self.buffers = buffers
-        self._lease = lease
+        self._buffers = buffers
+        self._racked = racked
+        self.hosted = hosted
         self.first = self.runner = runner
         self._nbytes = nbytes
         self._shared = shared_nbytes
@@ -149,10 +153,19 @@ class OnnxRuntimeWeightSet:
         """When this set reaches its last tier of speed."""
         return self._tiers
 
+    @property
+    def buffers(self) -> Mapping[str, Buffer]:
+        """Engine weight -> buffer."""
+        if self._buffers is None:
+            assert self._racked is not None
+            held: Mapping[str, Buffer] = {} if self.hosted is None else self.hosted.host.buffers
+            self._buffers = {**held, **self._racked.rack.buffers}
+        return self._buffers
+
     def share(self) -> None:
         """Let its buffers live on in a set that shares some of them."""
-        if self._lease is not None:
-            self._lease.share()
+        if self._racked is not None:
+            self._racked.share()
 
     def values(self) -> dict[str, Value]:
         """Engine weight -> value."""
