@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_refit.moves.library import Absent, Library, load
-from onnx_refit.moves.roll import Form, Joined, Roll, Sampled
+from onnx_refit.moves.roll import Form, Joined, Parts, Roll, Sampled
 
 found = load()
 native = pytest.mark.skipif(isinstance(found, Absent), reason="no native code was compiled")
@@ -112,6 +112,37 @@ def test_joining_and_sampling_read_what_numpy_reads(names: list[str], seed: int)
     positions = {n: rng.integers(0, values[n].size, min(8, values[n].size)) for n in names}
     taken = Sampled(roll, positions).take(called.addresses)
     assert taken == {name: values[name].reshape(-1)[positions[name]].tobytes() for name in names}
+
+
+@native
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.data())
+def test_what_is_not_finite_is_seen_when_it_is_joined(sizes: list[int], data: st.DataObject) -> None:
+    forms: list[Form] = [(f"w{k}", np.dtype(np.float32), (size,)) for k, size in enumerate(sizes)]
+    roll = Roll(forms, found)
+    values = {name: np.full(shape, np.finfo(np.float32).max, np.float32) for name, _, shape in forms}
+    memory = np.full(sum(sizes) + 4, np.nan, np.float32)  # what lies behind is not looked at
+
+    def finite() -> bool:
+        called = roll.call(values)
+        assert called is not None
+        assert called.addresses is not None
+        return Joined(roll, roll.names).into(called.addresses, memory.ctypes.data)
+
+    assert finite()
+    if sum(sizes):
+        name = data.draw(st.sampled_from([name for name, _, (size,) in forms if size]))
+        at = data.draw(st.integers(0, values[name].size - 1))
+        values[name][at] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+        assert not finite()
+
+
+def test_parts_are_alike_where_their_bytes_are() -> None:
+    places = {"a": slice(0, 2), "b": slice(2, 5), "none": slice(5, 5)}
+    one = Parts(b"abcde", places)
+    assert one.alike(Parts(b"abcdE", places)) == ["a", "none"]
+    assert one.alike({"b": b"cde", "a": b"xx"}) == ["b"]
+    assert dict(one) == {"a": b"ab", "b": b"cde", "none": b""}
 
 
 @native

@@ -155,13 +155,15 @@ def test_a_packet_joins_the_small_ones_in_the_same_memory_each_time() -> None:
     ]
     packet = Packet(specs)
     assert packet.names == ("a", "b")
-    first = packet.join({"a": np.arange(6, dtype=np.float32).reshape(3, 2), "b": np.float32(7) * np.ones(())})
+    first, finite = packet.join({"a": np.arange(6, dtype=np.float32).reshape(3, 2), "b": np.array(7, np.float32)})
+    assert finite
     views = packet.views
     assert first.tolist() == [0, 1, 2, 3, 4, 5, 7]
     assert views["a"].shape == (3, 2)
     assert views["b"].shape == ()
-    again = packet.join({"a": np.ones((3, 2), np.float32), "b": np.zeros((), np.float32)})
+    again, finite = packet.join({"a": np.ones((3, 2), np.float32), "b": np.array(-np.inf, np.float32)})
     assert again is first
+    assert not finite
     assert packet.views["a"] is views["a"]
     assert views["a"].tolist() == [[1, 1]] * 3
 
@@ -175,7 +177,7 @@ def test_what_a_packet_joins_is_what_its_views_show_whoever_clears_or_interrupts
             step, act = [(cleared, packet.clear), (interrupted, interrupt), (0, interrupt)][number]
             joined = None
             with at_line(Packet.join.__code__, step, act), contextlib.suppress(Interrupt):
-                joined = packet.join(given)
+                joined, _ = packet.join(given)
             if joined is not None:
                 assert joined.tolist() == [number] * 7
                 views = packet.views
@@ -194,7 +196,7 @@ def test_samples_tell_small_and_large_weights_that_changed() -> None:
     given["s3"] += 1
     given["s30"][-1] = -given["s30"][-1]
     given["l"][7] += 1
-    for joined in (None, packet.join(given)):
+    for joined in (None, packet.join(given)[0]):
         equal, taken = unchanged(sampler, given, joined, before, current.__getitem__)
         assert equal == current.keys() - {"s3", "s30", "l"}
         np.testing.assert_array_equal(taken.small, sampler.take(given, None, None).small)

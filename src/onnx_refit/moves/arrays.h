@@ -45,9 +45,10 @@ int64_t onnx_refit_call(
     return count;
 }
 
-/* The elements of some arrays one behind the other. */
-void onnx_refit_join(
+/* The elements of some arrays of float32 one behind the other; whether one is not finite. */
+int64_t onnx_refit_join(
     const uint64_t *addresses, const int64_t *places, const int64_t *bytes, int64_t count, uint8_t *to) {
+    const uint8_t *begin = to;
     for (int64_t k = 0; k < count; k++) {
         if (k + AHEAD < count)
             for (int64_t line = 0; line < bytes[k + AHEAD] && line < 512; line += 64)
@@ -55,6 +56,7 @@ void onnx_refit_join(
         memcpy(to, (const void *)(uintptr_t)addresses[places[k]], (size_t)bytes[k]);
         to += bytes[k];
     }
+    return any_set_4((const word *)begin, (to - begin) / 4, 0x7f800000);
 }
 
 /* A few elements of some arrays one behind the other. `positions` are in bytes, so many of each array. */

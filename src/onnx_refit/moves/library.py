@@ -50,7 +50,7 @@ class Library:
         stop: lets nobody begin one any more, and waits until those that were begun are finished.
         call: asks arrays what they are; like the next two it holds the lock, so that none of them changes meanwhile.
             All three are explained in ``arrays.h`` and used by ``roll``.
-        join: copies the elements of some of them together.
+        join: copies the elements of some of them, float32 all, together; whether one is not finite.
         sample: reads a few elements of some of them.
     """
 
@@ -60,7 +60,7 @@ class Library:
     left: Callable[[int], int]
     stop: Callable[[int], None]
     call: Callable[..., int]
-    join: Callable[..., None]
+    join: Callable[..., int]
     sample: Callable[..., None]
 
 
@@ -99,7 +99,7 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         (left, ctypes.c_int64, "a"),
         (stop, None, "a"),
         (call, ctypes.c_int64, "aiaaaa"),
-        (join, None, "aaaia"),
+        (join, ctypes.c_int64, "aaaia"),
         (sample, None, "aaaaaia"),
     ):
         function.restype = result

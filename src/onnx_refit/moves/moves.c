@@ -39,7 +39,6 @@
 #define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */
 #define FETCHED 8192 /* bytes from what is read to what is fetched meanwhile */
 
-#include "arrays.h"
 #include "pace.h"
 
 /* The same numbers and fields as in library.py. */
@@ -134,6 +133,8 @@ ANY_SET(any_set_1, uint8_t)
 ANY_SET(any_set_2, half)
 ANY_SET(any_set_4, word)
 ANY_SET(any_set_8, twice)
+
+#include "arrays.h"
 
 static void copy(uint8_t *to, const uint8_t *from, size_t bytes, int stream) {
 #if defined(__SSE2__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -123,12 +123,43 @@ class Joined:
         sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in forms]
         return array("q", [self.roll.places[name] for name in self.names]), array("q", sizes)
 
-    def into(self, addresses: array[int], target: int) -> None:
-        """Copy their elements to this address, one array's behind the other's."""
+    def into(self, addresses: array[int], target: int) -> bool:
+        """Copy their elements, float32 all, to this address, one array's behind the other's; whether all are finite."""
         places, sizes = self._tables
         assert self.roll.native is not None
         where = addresses.buffer_info()[0], places.buffer_info()[0], sizes.buffer_info()[0]
-        self.roll.native.join(*where, len(places), target)
+        return not self.roll.native.join(*where, len(places), target)
+
+
+class Parts(Mapping[str, bytes]):
+    """Bytes by name, cut out of those of all when they are asked for.
+
+    Args:
+        whole: all of them.
+        parts: where each name's are.
+    """
+
+    __slots__ = ("parts", "whole")
+
+    def __init__(self, whole: bytes, parts: Mapping[str, slice]) -> None:
+        self.whole, self.parts = whole, parts
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.whole[self.parts[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def alike(self, other: Mapping[str, bytes]) -> list[str]:
+        """The names whose bytes are the same."""
+        one = self.whole
+        if isinstance(other, Parts) and other.parts is self.parts:
+            two = other.whole
+            return [name for name, part in self.parts.items() if one[part] == two[part]]
+        return [name for name, part in self.parts.items() if one[part] == other.get(name)]
 
 
 @dataclass(frozen=True)
@@ -144,27 +175,26 @@ class Sampled:
     positions: Mapping[str, npt.NDArray[np.int64]]
 
     @cached_property
-    def _tables(self) -> tuple[tuple[array[int], ...], list[slice], int]:
-        places, sizes, starts, ends, slices, end = [], [], [], [], [], 0
+    def _tables(self) -> tuple[tuple[array[int], ...], tuple[int, ...], Mapping[str, slice], bytes]:
+        places, sizes, starts, ends, parts, end = [], [], [], [], {}, 0
         for name, positions in self.positions.items():
             _, dtype, _ = self.roll._forms[self.roll.places[name]]
             places.append(self.roll.places[name])
             sizes.append(dtype.itemsize)
             starts += (positions * dtype.itemsize).tolist()
             ends.append(len(starts))
-            slices.append(slice(end, end + positions.size * dtype.itemsize))
-            end = slices[-1].stop
-        return tuple(array("q", table or [0]) for table in (places, sizes, starts, ends)), slices, end
+            parts[name] = slice(end, end + positions.size * dtype.itemsize)
+            end = parts[name].stop
+        tables = tuple(array("q", table or [0]) for table in (places, sizes, starts, ends))
+        return tables, tuple(table.buffer_info()[0] for table in tables), parts, bytes(end)
 
-    def take(self, addresses: array[int]) -> dict[str, bytes]:
+    def take(self, addresses: array[int]) -> Parts:
         """The elements of each, as bytes."""
-        tables, slices, nbytes = self._tables
+        _, tables, parts, room = self._tables
         assert self.roll.native is not None
-        memory = array("B", bytes(nbytes))
-        where = (table.buffer_info()[0] for table in tables)
-        self.roll.native.sample(addresses.buffer_info()[0], *where, len(self.positions), memory.buffer_info()[0])
-        taken = memory.tobytes()
-        return {name: taken[part] for name, part in zip(self.positions, slices, strict=True)}
+        memory = array("B", room)
+        self.roll.native.sample(addresses.buffer_info()[0], *tables, len(parts), memory.buffer_info()[0])
+        return Parts(memory.tobytes(), parts)
 
 
 def _agrees(library: Library) -> bool:

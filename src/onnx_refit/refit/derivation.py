@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -24,7 +25,6 @@ from onnx_refit.refit.versions import Version
 from onnx_refit.refit.view import VersionWeights
 from onnx_refit.tensors import Array
 from onnx_refit.weights.finite import not_finite
-from onnx_refit.weights.scan import all_finite
 from onnx_refit.weights.source import WeightSource
 
 
@@ -129,33 +129,37 @@ class Derivation:
         if found is not None:
             return found
         look = not options.allow_nonfinite
-        with timed(seconds, "check"):
-            report, arrays = self._check(given, current, options, finite_later=True)
-        with timed(seconds, "compare"):
-            every = len(arrays) == len(self._specs)
-            joined = self._packet.join(arrays) if every or self._small <= arrays.keys() else None
-            equal, samples = unchanged(self._sampler, arrays, joined, base.samples, current.read)
-            finite = not (look and equal and not_finite([arrays[name] for name in equal]))
-            arrays = {name: array for name, array in arrays.items() if name not in equal} if equal else arrays
+        began = time.perf_counter()
+        report, arrays = self._check(given, current, options, finite_later=True)
+        checked = time.perf_counter()
+        every = len(arrays) == len(self._specs)
+        finite, joined = True, None
+        if every or self._small <= arrays.keys():
+            joined, finite = self._packet.join(arrays)
+        equal, samples = unchanged(self._sampler, arrays, joined, base.samples, current.read)
+        if equal:
+            finite = not (look and not_finite([arrays[name] for name in equal]))
+            arrays = {name: array for name, array in arrays.items() if name not in equal}
         full = every and not equal
         changed = self._every if full else frozenset(arrays)
-        with timed(seconds, "derive"):
-            keeping = self._retainer.keep(changed, None if full else base.retained)
-            if full and joined is not None:
-                finite = not look or all_finite(joined)
-                if keeping.together is not None:
-                    np.copyto(keeping.together, joined[: keeping.together.size])
-                lasting = self._packet.views
-                inspection = Inspection(arrays, keeping.targets, look=look, lasting=lasting)
-                arrays.update(lasting)
-                weights = self._backend.derive(arrays, inspector=inspection)
-            else:
-                inspection = Inspection(arrays, keeping.targets, look=look)
-                required = self._backend.required(changed)
-                needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
-                weights = self._backend.derive(needed, base.weights, changed, inspection)
-            finite = inspection.finish() and finite
-            retained = keeping.finish()
+        compared = time.perf_counter()
+        keeping = self._retainer.keep(changed, None if full else base.retained)
+        if full and joined is not None:
+            if keeping.together is not None:
+                np.copyto(keeping.together, joined[: keeping.together.size])
+            lasting = self._packet.views
+            inspection = Inspection(arrays, keeping.targets, look=look, lasting=lasting)
+            arrays.update(lasting)
+            weights = self._backend.derive(arrays, inspector=inspection)
+        else:
+            inspection = Inspection(arrays, keeping.targets, look=look)
+            required = self._backend.required(changed)
+            needed = {name: arrays[name] if name in arrays else current.read(name) for name in required}
+            weights = self._backend.derive(needed, base.weights, changed, inspection)
+        finite = inspection.finish() and (finite or not look)
+        retained = keeping.finish()
+        seconds["check"], seconds["compare"] = checked - began, compared - checked
+        seconds["derive"] = time.perf_counter() - compared
         if not finite:
             del weights, retained, keeping, inspection  # an error keeps what its frames hold
             with timed(seconds, "check"):

@@ -12,6 +12,7 @@ import numpy as np
 from onnx_refit.moves.addresses import address_of
 from onnx_refit.moves.roll import Called, Joined, Roll
 from onnx_refit.tensors import Array, TensorSpec
+from onnx_refit.weights.scan import all_finite
 
 SMALL = 1 << 13  # elements
 
@@ -55,8 +56,8 @@ class Packet:
         rows = [rng.integers(begin, end, count) for begin, end in self._ranges]
         return np.array(rows, np.int64).reshape(len(rows), count)
 
-    def join(self, arrays: Mapping[str, Array]) -> Array:
-        """All weights, flat, in this packet's own memory: good until the next call."""
+    def join(self, arrays: Mapping[str, Array]) -> tuple[Array, bool]:
+        """All weights, flat, in this packet's own memory: good until the next call; and whether they are finite."""
         memory = self._memory
         if memory is None:
             whole = np.empty(self.size, np.float32)
@@ -66,10 +67,10 @@ class Packet:
         joined = memory[0]
         addresses = arrays.addresses if isinstance(arrays, Called) else None
         if self._native is not None and addresses is not None:
-            self._native.into(addresses, address_of(joined))
-        elif self.names:
+            return joined, self._native.into(addresses, address_of(joined))
+        if self.names:
             np.concatenate([arrays[name] for name in self.names], axis=self._axis, out=joined)
-        return joined
+        return joined, all_finite(joined)
 
     @property
     def views(self) -> Mapping[str, Array]:

@@ -300,7 +300,8 @@ class Retainer:
                 target=_clean, args=(reference, self._used), name="onnx-refit-kept", daemon=True
             )
             self._janitor.start()
-        self._used.set()
+        if not self._used.is_set():
+            self._used.set()
 
     def seconds_left(self) -> float:
         """Until a spare arena is freed, and what is kept moves to disk."""

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from onnx_refit.moves.roll import Called, Sampled
+from onnx_refit.moves.roll import Called, Parts, Sampled
 from onnx_refit.refit.packet import Packet
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.scan import same_bits
@@ -67,12 +67,11 @@ class Sampler:
             joined: the packet's weights, where all of them are given.
             before: of the version that gives the others.
         """
+        if joined is not None and self._native is not None and isinstance(arrays, Called) and arrays.addresses:
+            return Samples(joined.view(np.uint32).take(self._positions), self._native.take(arrays.addresses))
         others = {} if before is None else dict(before.others)
         if joined is not None:
             small = joined.view(np.uint32).take(self._positions)
-            addresses = arrays.addresses if isinstance(arrays, Called) else None
-            if self._native is not None and addresses is not None:
-                return Samples(small, self._native.take(addresses))
             for name, array in arrays.items():
                 if name not in self._rows:
                     others[name] = array.take(_positions(array.size)).tobytes()
@@ -122,7 +121,11 @@ class Sampler:
             for row in np.flatnonzero((one.small == other.small).all(axis=1)).tolist():
                 if self._names[row] in names:
                     yield self._names[row]
-        for name, taken in one.others.items():
+        others = one.others
+        if isinstance(others, Parts):
+            yield from (name for name in others.alike(other.others) if name in names)
+            return
+        for name, taken in others.items():
             if taken == other.others.get(name) and name in names:
                 yield name
 

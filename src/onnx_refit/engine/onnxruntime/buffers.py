@@ -220,7 +220,8 @@ class BufferPool:
                 target=_clean, args=(weakref.ref(self), self._used), name="onnx-refit-spare", daemon=True
             )
             self._janitor.start()
-        self._used.set()
+        if not self._used.is_set():
+            self._used.set()
 
     def seconds_left(self) -> float:
         """Until spare storage is freed."""

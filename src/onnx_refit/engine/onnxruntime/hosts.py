@@ -189,7 +189,8 @@ class HostPool:
                 target=_attend, args=(weakref.ref(self), self._changed), name="onnx-refit-hosts", daemon=True
             )
             self._janitor.start()
-        self._changed.set()
+        if not self._changed.is_set():
+            self._changed.set()
         return Lease(host, self)
 
     def make(self) -> Host:

@@ -45,6 +45,12 @@ class Tiers:
         return self._reached
 
 
+# Those of sets that have one tier: nobody waits for them, and they take as long to make as a small model's refit.
+_REACHED = Tiers(done=True)
+_ANSWERED = threading.Event()
+_ANSWERED.set()
+
+
 class Runner:
     """A session with the weights of one set bound to it. Thread-safe.
 
@@ -98,7 +104,7 @@ class OnnxRuntimeWeightSet:
         first: what runs it at first.
         runner: what runs it now.
         hosted: see below.
-        answered: set once it has answered a request.
+        answered: set once it has answered a request, or nobody asks.
 
     Args:
         buffers: every engine weight; None where they are just those of the rack and of the session.
@@ -126,10 +132,10 @@ class OnnxRuntimeWeightSet:
         self.first = self.runner = runner
         self._nbytes = nbytes
         self._shared = shared_nbytes
-        self._tiers = Tiers(done=dead is None)
+        self._tiers = _REACHED if dead is None else Tiers(done=False)
         self._dead = dead
         self._promoted = False
-        self.answered = threading.Event()
+        self.answered = _ANSWERED if dead is None else threading.Event()
 
     def __del__(self) -> None:
         # Taking a session apart takes longer than a refit, and whoever publishes the next set would have to wait for
