@@ -9,9 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from onnx_refit.engine.onnxruntime import backend as backends
 from onnx_refit.engine.onnxruntime.backend import create
 from onnx_refit.engine.onnxruntime.crew import Crew
 from onnx_refit.engine.onnxruntime.options import OnnxRuntimeOptions
+from onnx_refit.moves.library import Absent
 from onnx_refit.plan.compile import compile_model
 
 from .zoo import model, n, weight, x_of
@@ -94,6 +96,7 @@ def test_an_interrupt_while_helpers_are_called_leaves_no_writer_behind(
     matrix = weight(np.random.default_rng(0), "w", 1024, 1024)
     made = model([n("MatMul", "x w", "y")], [("x", ["M", 1024])], [("y", None)], [matrix])
     compilation = compile_model(made)
+    monkeypatch.setattr(backends, "load_moves", lambda: Absent("Python's writers are tested"))
     backend = create(compilation.compiled, None, OnnxRuntimeOptions(threads=2))
     w = compilation.weights["w"]
     backend.derive({"w": w * 2})

@@ -93,7 +93,8 @@ def test_refits_leave_cores_and_bandwidth_to_requests_only_while_there_are_any(
 
         return call
 
-    noted = replace(found, **{name: noting(name) for name in ("work", "pace", "share")})
+    calls: dict[str, Any] = {name: noting(name) for name in ("work", "pace", "share")}
+    noted = replace(found, **calls)
     monkeypatch.setattr(backends, "load_moves", lambda: noted)
     rng = np.random.default_rng(0)
     made = model([n("MatMul", "x w", "y")], [("x", ["M", 96])], [("y", None)], [weight(rng, "w", 96, 64)])

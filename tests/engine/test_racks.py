@@ -82,7 +82,7 @@ def test_memory_that_was_half_written_is_not_given_out_again(monkeypatch: pytest
     place = addresses(second)
     del second
     with monkeypatch.context() as patch:
-        patch.setattr(backend._deriver, "_run", lambda *_, **__: (_ for _ in ()).throw(EngineError("cut short")))
+        patch.setattr(backend._deriver._workers, "do", lambda *_, **__: (_ for _ in ()).throw(EngineError("cut short")))
         with pytest.raises(EngineError, match="cut short"):
             backend.derive(random_like(weights, 1))
     assert not backend._pool._racks  # a thread that was not waited for may write to it still

@@ -36,7 +36,8 @@ class Noting:
     @property
     def library(self) -> Library:
         assert isinstance(found, Library)
-        return replace(found, **{name: self._noting(name) for name in ("work", "pace", "share")})
+        calls: dict[str, Any] = {name: self._noting(name) for name in ("work", "pace", "share")}
+        return replace(found, **calls)
 
     def _noting(self, name: str) -> Callable[..., Any]:
         def call(*arguments: int) -> Any:

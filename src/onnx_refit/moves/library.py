@@ -29,6 +29,9 @@ MOVE = np.dtype(
 BATCH = ("moves", "units", "addresses", "count", "stream", "next", "done")
 """One batch, numbers of 8 bytes all: see ``moves.c`` for the fields."""
 
+HELPERS = ("call", "batch", "inside", "closed")
+"""The table of those who help with batches, likewise: see ``helpers.h``."""
+
 FILE = "_moves.so"
 OFF = "ONNX_REFIT_PORTABLE"
 """Environment variable: anything but nothing or 0 means to do without the native code."""
@@ -48,6 +51,12 @@ class Library:
         share: does one of them, and more for about so many nanoseconds; how many it took.
         left: how many are not finished; what the others wrote can be read.
         stop: lets nobody begin one any more, and waits until those that were begun are finished.
+        helped: whether others can help on this system: the next four are explained in ``helpers.h`` and used by
+            ``moves.helpers``.
+        help: waits for batches to help with.
+        rouse: has those who help awake.
+        together: the same as ``work`` with their help.
+        dismiss: lets them go.
         call: asks arrays what they are; like the next two it holds the lock, so that none of them changes meanwhile.
             All three are explained in ``arrays.h`` and used by ``roll``.
         join: copies the elements of some of them, float32 all, together; whether one is not finite.
@@ -59,6 +68,11 @@ class Library:
     share: Callable[[int, int], int]
     left: Callable[[int], int]
     stop: Callable[[int], None]
+    helped: bool
+    help: Callable[[int], None]
+    rouse: Callable[[int], None]
+    together: Callable[[int, int], None]
+    dismiss: Callable[[int], None]
     call: Callable[..., int]
     join: Callable[..., int]
     sample: Callable[..., None]
@@ -84,6 +98,8 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         version = library.onnx_refit_version
         work, pace, share = library.onnx_refit_work, library.onnx_refit_pace, library.onnx_refit_share
         left, stop = library.onnx_refit_left, library.onnx_refit_stop
+        helped, lend, rouse = library.onnx_refit_helped, library.onnx_refit_help, library.onnx_refit_rouse
+        together, dismiss = library.onnx_refit_together, library.onnx_refit_dismiss
         held = ctypes.PyDLL(str(path))
         call, join, sample = held.onnx_refit_call, held.onnx_refit_join, held.onnx_refit_sample
     except (OSError, AttributeError) as error:
@@ -98,10 +114,15 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         (share, ctypes.c_int64, "ai"),
         (left, ctypes.c_int64, "a"),
         (stop, None, "a"),
+        (helped, ctypes.c_int64, ""),
+        (lend, None, "a"),
+        (rouse, None, "a"),
+        (together, None, "aa"),
+        (dismiss, None, "a"),
         (call, ctypes.c_int64, "aiaaaa"),
         (join, ctypes.c_int64, "aaaia"),
         (sample, None, "aaaaaia"),
     ):
         function.restype = result
         function.argtypes = tuple(ctypes.c_int64 if kind == "i" else ctypes.c_void_p for kind in arguments)
-    return Library(work, pace, share, left, stop, call, join, sample)
+    return Library(work, pace, share, left, stop, bool(helped()), lend, rouse, together, dismiss, call, join, sample)

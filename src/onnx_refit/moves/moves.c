@@ -470,3 +470,5 @@ void onnx_refit_stop(batch *b) {
     if (begun > b->count) begun = b->count;
     while (__atomic_load_n(&b->done, __ATOMIC_ACQUIRE) < begun) nanosleep(&(struct timespec){0, 20000}, NULL);
 }
+
+#include "helpers.h"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_refit.engine.onnxruntime.buffers import Rack, Storage
 from onnx_refit.engine.onnxruntime.covering import covered
 from onnx_refit.engine.onnxruntime.moving import Slots, Unit, look_slots, looking, looks, units, watchable
+from onnx_refit.engine.onnxruntime.programs import Part, Program, compiled, part_of
 from onnx_refit.engine.protocol import Look
 from onnx_refit.errors import EngineError
 from onnx_refit.moves.addresses import address_of
-from onnx_refit.moves.library import BATCH, LOOK, MOVE, NOWHERE, Library
+from onnx_refit.moves.library import BATCH, NOWHERE, Library
 from onnx_refit.moves.roll import Called
 from onnx_refit.plan.trace.recipes import Recipe
 from onnx_refit.tensors import Array
@@ -24,48 +25,6 @@ _STREAMED = 8 << 20  # bytes written; more do not stay in the caches anyway
 _COUNT = BATCH.index("count")
 _KEPT = 8  # lists of moves for partial refits
 _NONE: Mapping[str, Storage] = {}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The units of one engine weight, or of one source that is only looked at, as native code reads them.
-
-    Attributes:
-        moves: theirs, one unit's after the other's.
-        counts: how many each unit has.
-        elements: how many they write or look at.
-        nbytes: the same in bytes.
-        held: arrays whose addresses are in the moves.
-    """
-
-    moves: Array
-    counts: Array
-    elements: int
-    nbytes: int
-    held: tuple[Array, ...]
-
-
-@dataclass(frozen=True)
-class _Program:
-    """Moves in the form that native code reads; the parts hold what the moves' addresses point at.
-
-    Attributes:
-        moves: all of them.
-        bounds: the first move of each unit, and the end.
-        places: the addresses of both.
-        elements: how many they write or look at.
-        nbytes: the same in bytes.
-        reads: name and slot of each tensor that they read.
-        parts: what it was made of.
-    """
-
-    moves: Array
-    bounds: Array
-    places: tuple[int, int]
-    elements: int
-    nbytes: int
-    reads: Sequence[tuple[str, int]]
-    parts: Sequence[_Part]
 
 
 @dataclass(frozen=True)
@@ -79,7 +38,7 @@ class _Whole:
     """
 
     template: array[int]
-    program: _Program
+    program: Program
     pairs: Sequence[tuple[int, int]]
 
 
@@ -158,7 +117,7 @@ class Batcher:
             if made is not None:
                 written[name] = made
         self.names = frozenset(written)
-        self._alone: dict[str, _Part] = {}
+        self._alone: dict[str, Part] = {}
         self._look_slots: dict[str, tuple[int, int, int]] = {}
         self._moved_slots: dict[str, int] = {}
         for source in sorted({name.removeprefix(prefix) for name in dtypes if name.startswith(prefix)}):
@@ -166,7 +125,7 @@ class Batcher:
             if not watchable(dtypes[tensor]) or (carrier is not None and carrier not in self.names):
                 continue
             if carrier is None:
-                self._alone[source] = _part(looks(source, dtypes[tensor], sizes[tensor], self._slots))
+                self._alone[source] = part_of(looks(source, dtypes[tensor], sizes[tensor], self._slots))
             else:
                 written[carrier] = looking(written[carrier], tensor, source, dtypes[tensor], sizes[tensor], self._slots)
             a, b, c = (self._slots[slot] for slot in look_slots(source))
@@ -175,14 +134,14 @@ class Batcher:
                 self._moved_slots[source] = self._slots[moved[tensor]]
         self.seen = frozenset(self._look_slots)
         self._prefix = prefix
-        self._parts = {name: _part(parts) for name, parts in written.items()}
+        self._parts = {name: part_of(parts) for name, parts in written.items()}
         self._targets = {name: self._slots[_target(name)] for name in written}
         self._reads = {name: self._slots.numbers[name] for name in dtypes if name in self._slots.numbers}
-        self._programs: dict[tuple[frozenset[str], frozenset[str]], _Program] = {}
+        self._programs: dict[tuple[frozenset[str], frozenset[str]], Program] = {}
         self._forms = {name: (dtype, sizes[name] * dtype.itemsize) for name, dtype in dtypes.items()}
         self._steady: Mapping[str, Array] = {}
         self._template = array("Q")
-        self._unsettled: tuple[_Program | None, Sequence[tuple[str, int]]] = None, ()
+        self._unsettled: tuple[Program | None, Sequence[tuple[str, int]]] = None, ()
         self._pairs: Sequence[tuple[int, int]] | None = None
         self._whole: _Whole | None = None
         self._flag = bytearray(1)
@@ -359,7 +318,7 @@ class Batcher:
         self._template, self._steady, self._unsettled, self._pairs = template, steady, (None, ()), None
         self._whole = None
 
-    def _program(self, targets: Collection[str], claims: Iterable[str]) -> _Program:
+    def _program(self, targets: Collection[str], claims: Iterable[str]) -> Program:
         alone = frozenset(name for name in claims if name in self._alone) if self._alone else frozenset()
         names = self.names if len(targets) == len(self.names) else frozenset(targets)
         key = names, alone
@@ -369,44 +328,10 @@ class Batcher:
             chosen += [self._alone[name] for name in sorted(alone)]
             if len(self._programs) > _KEPT:
                 self._programs.clear()
-            found = self._programs[key] = self._compiled(chosen)
+            found = self._programs[key] = compiled(chosen, self._reads)
             if names is self.names:  # parts of it from now on: moves are not small beside small weights
                 self._parts.update(zip(sorted(names), found.parts, strict=False))
         return found
-
-    def _compiled(self, chosen: Sequence[_Part]) -> _Program:
-        moves = np.concatenate([part.moves for part in chosen])
-        counts = np.concatenate([part.counts for part in chosen])
-        bounds = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=bounds[1:])
-        written = moves[moves["kind"] != LOOK]
-        slots = {*written["source"].tolist(), *written["factor"].tolist()}
-        reads = [(name, slot) for name, slot in self._reads.items() if slot in slots]
-        nbytes = sum(part.nbytes for part in chosen)
-        places = moves.ctypes.data, bounds.ctypes.data
-        return _Program(
-            moves, bounds, places, sum(part.elements for part in chosen), nbytes, reads, list(_views(chosen, moves))
-        )
-
-
-def _views(parts: Sequence[_Part], moves: Array) -> Iterator[_Part]:
-    """The same parts, their moves read out of those of all of them."""
-    begin = 0
-    for part in parts:
-        end = begin + len(part.moves)
-        yield replace(part, moves=moves[begin:end])
-        begin = end
-
-
-def _part(parts: Sequence[Unit]) -> _Part:
-    rows = [row for unit in parts for row in unit.rows]
-    return _Part(
-        np.array(rows, MOVE),
-        np.array([len(unit.rows) for unit in parts], np.int64),
-        sum(unit.elements for unit in parts),
-        sum(unit.elements * unit.rows[-1][1] for unit in parts),
-        tuple(array for unit in parts for array in unit.held),
-    )
 
 
 def _buffer(memory: bytearray) -> int:

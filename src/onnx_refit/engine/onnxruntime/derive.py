@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 
 from onnx_refit.engine.onnxruntime.batch import Batcher, Ready
 from onnx_refit.engine.onnxruntime.buffers import Rack, Storage
-from onnx_refit.engine.onnxruntime.crew import Crew, Task
+from onnx_refit.engine.onnxruntime.crew import Task
 from onnx_refit.engine.onnxruntime.packer import Caster, Packer
 from onnx_refit.engine.onnxruntime.program import Program
 from onnx_refit.engine.onnxruntime.specialise import COMPUTED, SOURCE, Specialised
+from onnx_refit.engine.onnxruntime.steady import UNSTEADY, Steady
 from onnx_refit.engine.onnxruntime.traffic import Traffic
+from onnx_refit.engine.onnxruntime.workers import Workers
 from onnx_refit.engine.onnxruntime.writers import WIDE, Writer, alone
 from onnx_refit.engine.protocol import Inspector, Look
 from onnx_refit.errors import EngineError
@@ -27,27 +28,11 @@ from onnx_refit.moves.library import Absent, Library
 from onnx_refit.moves.roll import Called
 from onnx_refit.plan.trace.recipes import Recipe, evaluate
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
-from onnx_refit.threads import step_back
 
-_PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
-_MOVED = 1 << 19  # elements; the same for native code
-_ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
-_BUNDLES = 4
 _LARGE = 32 << 20  # bytes of weights; for less, the memory that packers keep would be seen beside them
 
 
 _NOTHING: Mapping[str, Array] = {}
-
-
-def _shared(tasks: list[Task]) -> list[Task]:
-    """The tasks for several threads: the largest first, the small ones as few.
-
-    Threads that do many small things wait for the interpreter's lock more than they work.
-    """
-    small = [task for task in tasks if task[0] < _ALONE]
-    large = [task for task in tasks if task[0] >= _ALONE]
-    large += [(sum(task[0] for task in part), _do, (part,)) for k in range(_BUNDLES) if (part := small[k::_BUNDLES])]
-    return sorted(large, key=lambda task: -task[0])
 
 
 def _computed(needs: Mapping[str, str]) -> Sequence[str]:
@@ -71,11 +56,6 @@ def _besides(targets: Mapping[str, Storage], rack: Rack | None) -> Collection[St
     return [storage for name, storage in targets.items() if name not in rack.storages]
 
 
-def _do(tasks: list[Task]) -> None:
-    for _, call, arguments in tasks:
-        call(*arguments)
-
-
 def _carriers(recipes: Mapping[str, Recipe]) -> dict[str, str]:
     """Source weight -> the engine weight that is written while it is looked at: the largest that reads it."""
     carried: dict[str, str] = {}
@@ -86,37 +66,6 @@ def _carriers(recipes: Mapping[str, Recipe]) -> dict[str, str]:
             if read.startswith(SOURCE) and (held is None or recipes[held].spec.size < recipe.spec.size):
                 carried[source] = name
     return carried
-
-
-class Steady:
-    """What is the same at each refit that brings its small weights in the same memory.
-
-    Attributes:
-        lasting: the source weights in that memory.
-        rest: the other source weights.
-        values: the computed values that are always in the same memory.
-        flats: both, flat, by their prefixed names.
-        writers: the engine weights that read nothing else.
-    """
-
-    def __init__(
-        self,
-        lasting: Mapping[str, Array],
-        rest: Sequence[str],
-        values: Mapping[str, Array],
-        flats: Mapping[str, Array],
-        writers: frozenset[str],
-    ) -> None:
-        self.lasting, self.rest, self.values, self.flats, self.writers = lasting, rest, values, flats, writers
-
-    def tasks(self, writer: Writer, storage: Storage) -> list[Task]:
-        """What writes one of the writers' engine weights, made once for each storage."""
-        if storage.steady is None or storage.steady[0] is not self:
-            storage.steady = self, writer.tasks(self.flats, storage)
-        return storage.steady[1]
-
-
-_UNSTEADY = Steady(_NOTHING, (), _NOTHING, _NOTHING, frozenset())
 
 
 class Deriver:
@@ -174,14 +123,11 @@ class Deriver:
         for name, sources in self._sources.items():
             for source in sources:
                 self._readers.setdefault(source, set()).add(name)
-        self._pool: ThreadPoolExecutor | None = None
-        if threads > 1:
-            # Requests go first: with as many threads as cores they wait for a refit's otherwise.
-            self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive", initializer=step_back)
+        self._workers = Workers(library, threads)
         self._threads = threads
         self._caster: Caster | None = None
         self._lock = threading.Lock()
-        self._steady = _UNSTEADY
+        self._steady = UNSTEADY
 
     def _closure(self, recipe: Recipe) -> frozenset[str]:
         """Every tensor the recipe needs, through staged ones."""
@@ -250,6 +196,8 @@ class Deriver:
         """The same where native code does everything with weights that it has called, and nobody keeps any; whether."""
         if not isinstance(sources, Called) or sources.addresses is None or not self._every_moved:
             return False
+        if beside is None:
+            self._workers.rouse()
         with self._lock:
             tensors, steady = self._tensors(sources, self._all_needs, inspector)
             assert self._batcher is not None
@@ -260,7 +208,7 @@ class Deriver:
                 return False
             rack.settled = False
             ready = self._batcher.ready_all(sources, steady.flats, rack, hosted)
-            self._run([], ready, beside)
+            self._workers.do([], ready, beside)
             if any(ready.flags):
                 suspect()
             rack.settle()
@@ -308,7 +256,7 @@ class Deriver:
                 storage.settled = False
             if rack is not None:
                 rack.settled = False
-            self._run(tasks, ready, beside)
+            self._workers.do(tasks, ready, beside)
             if ready is not None:
                 ready.tell()
             for storage in single:
@@ -326,7 +274,7 @@ class Deriver:
         lasting = _NOTHING if inspector is None else inspector.lasting
         wanted = self._all_computed if needed is self._all_needs else _computed(needed)
         values = self._program.compute(wanted, sources, lasting)
-        steady = self._steady if lasting else _UNSTEADY
+        steady = self._steady if lasting else UNSTEADY
         if lasting and (steady.lasting is not lasting or steady.values is not self._program.lasting):
             flats = {SOURCE + name: array.reshape(-1) for name, array in lasting.items()}
             flats.update((COMPUTED + name, array) for name, array in self._program.lasting.items())
@@ -334,7 +282,7 @@ class Deriver:
             rest = [name for name in self._keys if name not in lasting]
             steady = self._steady = Steady(lasting, rest, self._program.lasting, flats, writers)
         known = isinstance(sources, Called) and sources.addresses is not None
-        if known and steady is not _UNSTEADY and values is steady.values and self._every_moved and not self._staged:
+        if known and steady is not UNSTEADY and values is steady.values and self._every_moved and not self._staged:
             return {}, steady
         tensors = dict(steady.flats)
         keys = self._keys
@@ -358,7 +306,7 @@ class Deriver:
         others: list[Task] = []
         if inspector is not None:
             seen = frozenset() if self._batcher is None else self._batcher.seen
-            for name in _rest(sources, self._steady if inspector.lasting else _UNSTEADY):
+            for name in _rest(sources, self._steady if inspector.lasting else UNSTEADY):
                 array, look = sources[name], inspector.claim(name)
                 if look is None:
                     continue
@@ -414,33 +362,10 @@ class Deriver:
         needed = set().union(*(self._reads[name] for name in targets))
         return {name: name.partition(":")[2] for name in needed}
 
-    def _run(self, tasks: list[Task], ready: Ready | None, beside: Traffic | None) -> None:
-        if beside is not None:
-            if ready is not None and self._batcher is not None:
-                beside.carry(self._batcher.library, ready)
-            _do(tasks)
-            return
-        batch: list[Task] = []
-        if ready is not None and self._batcher is not None:
-            batch = [(ready.elements, self._batcher.work, (ready,))]
-        moved = sum(task[0] for task in batch)
-        if self._pool is None or (moved < _MOVED and sum(task[0] for task in tasks) < _PARALLEL):
-            _do(batch + tasks)
-            return
-        # Each thread works on the same batch until nothing of it is left to begin.
-        crew = Crew(batch * self._threads + _shared(tasks))
-        try:
-            for _ in range(self._threads - 1):
-                self._pool.submit(crew.help)
-            crew.work()
-        finally:
-            crew.finish()  # nobody may write any more once this returns, failed or not
-        crew.check()
-
     def rest(self) -> None:
         """Keep no memory for the next weights, and none alive that others keep for them."""
         with self._lock:
-            self._steady = _UNSTEADY
+            self._steady = UNSTEADY
             self._program.rest()
             if self._batcher is not None:
                 self._batcher.rest()
@@ -449,5 +374,4 @@ class Deriver:
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._workers.close()
