@@ -28,6 +28,9 @@ from onnx_refit.weights.finite import not_finite
 from onnx_refit.weights.source import WeightSource
 
 
+_FEW = 64  # of a model's bytes as many times as these: not worth being shared with the version before
+
+
 class Derivation:
     """Makes versions and candidates of one backend; publishes nothing.
 
@@ -42,6 +45,7 @@ class Derivation:
         self._sources = compiled.sources
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
         self._every = frozenset(self._specs)
+        self._nbytes = sum(spec.nbytes for spec in self._specs.values())
         self._declared = Declared(self._specs.values())
         self._constants = floating_constants(compiled)
         self._kept_names = frozenset(self._specs) - backend.recoverable
@@ -137,14 +141,16 @@ class Derivation:
         if every or self._small <= arrays.keys():
             joined, finite = self._packet.join(arrays)
         equal, samples = unchanged(self._sampler, arrays, joined, base.samples, current.read)
-        if equal:
+        full = every and not equal
+        changed = self._every if full else frozenset(arrays) - equal
+        # A few bytes that stay as they are take less time to write again than to leave out.
+        whole = full or (every and sum(self._specs[name].nbytes for name in equal) * _FEW <= self._nbytes)
+        if equal and not whole:
             finite = not (look and not_finite([arrays[name] for name in equal]))
             arrays = {name: array for name, array in arrays.items() if name not in equal}
-        full = every and not equal
-        changed = self._every if full else frozenset(arrays)
         compared = time.perf_counter()
-        keeping = self._retainer.keep(changed, None if full else base.retained)
-        if full and joined is not None:
+        keeping = self._retainer.keep(changed, None if whole else base.retained)
+        if whole and joined is not None:
             if keeping.together is not None:
                 np.copyto(keeping.together, joined[: keeping.together.size])
             lasting = self._packet.views

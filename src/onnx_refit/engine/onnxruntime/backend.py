@@ -144,7 +144,8 @@ class OnnxRuntimeBackend(CompiledBackend):
 
     def recover(self, weights: WeightSet, name: str) -> Array:
         """A source weight read back from a weight set (a new array); EngineError where it is not recoverable."""
-        return self._recoverer.recover(name, {key: b.array for key, b in _own(weights).buffers.items()})
+        buffers = _own(weights).buffers
+        return self._recoverer.recover(name, lambda key: buffers[key].array)
 
     def derive(
         self,

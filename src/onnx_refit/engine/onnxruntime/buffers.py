@@ -172,6 +172,7 @@ class BufferPool:
         self._specs = tuple(specs)
         self._spare: dict[str, list[Storage]] = {spec.name: [] for spec in self._specs}
         self._racks: list[Rack] = []
+        self._scattered = False  # whether there may be spare storage outside racks
         self._keep = True
         self._used = threading.Event()
         self._deadline = 0.0
@@ -185,6 +186,7 @@ class BufferPool:
         spare = self._spare[spec.name]
         try:
             if not spare and self._racks:
+                self._scattered = True
                 for name, storage in self._racks.pop().storages.items():
                     self._spare[name].append(storage)
             return spare.pop()
@@ -203,14 +205,17 @@ class BufferPool:
         """Take back the storage of a dead buffer."""
         spare = self._spare[storage.spec.name]
         if self._keep and storage.settled and not spare and not self._racks:
+            self._scattered = True
             spare.append(storage)
 
     def give_back_rack(self, rack: Rack) -> None:
         """Take back a rack that no weight set has any more."""
         if self._keep and rack.settled and not self._racks:
             self._racks.append(rack)
-            for spare in self._spare.values():
-                spare.clear()
+            if self._scattered:
+                self._scattered = False
+                for spare in self._spare.values():
+                    spare.clear()
 
     def touch(self) -> None:
         """Note that buffers were taken: spare ones are kept for a few seconds from now."""

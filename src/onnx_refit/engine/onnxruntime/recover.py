@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -45,17 +45,22 @@ class Recoverer:
             else:
                 self._parts[source] = part
 
-    def recover(self, name: str, buffers: Mapping[str, Array]) -> Array:
-        """A source weight (a new array) from engine weights; EngineError where it is not recoverable."""
+    def recover(self, name: str, held: Callable[[str], Array]) -> Array:
+        """A source weight (a new array) from engine weights; EngineError where it is not recoverable.
+
+        Args:
+            name: the source weight.
+            held: gives an engine weight.
+        """
         if name not in self.names:
             raise EngineError("the engine's weights do not hold this source weight bit for bit", where=name)
-        return self._make(SOURCE + name, buffers)
+        return self._make(SOURCE + name, held)
 
-    def _make(self, name: str, buffers: Mapping[str, Array]) -> Array:
+    def _make(self, name: str, held: Callable[[str], Array]) -> Array:
         recipe = self._inverses[name]
 
         def fetch(source: str) -> Array:
-            made = self._make(source, buffers) if source in self._inverses else buffers[source]
+            made = self._make(source, held) if source in self._inverses else held(source)
             return made.reshape(-1)
 
         out = np.empty(recipe.spec.size, numpy_dtype(recipe.spec.dtype))
