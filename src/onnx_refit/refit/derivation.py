@@ -27,7 +27,6 @@ from onnx_refit.tensors import Array
 from onnx_refit.weights.finite import not_finite
 from onnx_refit.weights.source import WeightSource
 
-
 _FEW = 64  # of a model's bytes as many times as these: not worth being shared with the version before
 
 
