@@ -21,13 +21,13 @@ from onnx_refit.tensors import Array
 
 
 def other_weights(engine: onnx_refit.Engine, seed: int) -> dict[str, Array]:
-    """Weights like the engine's own, different in every element."""
+    """Weights like the engine's own, different in every element from these and from those of another seed."""
     rng = np.random.default_rng(seed)
     made = {}
     for name in engine.refittable:
         array = np.array(engine.weights().read(name))
         noise = rng.uniform(0.9, 1.1, array.shape)
-        made[name] = np.ascontiguousarray((array * noise + (array == 0) * 1e-3).astype(array.dtype))
+        made[name] = np.ascontiguousarray(((array + (array == 0) * 1e-3) * noise).astype(array.dtype))
     return made
 
 

@@ -33,6 +33,7 @@ from onnx_refit.tensors import Array, TensorSpec
 _FILE = "weights.bin"
 _PAGE = 4096
 _SPARE_SECONDS = 3.0
+_SPIN = 300  # microseconds: once another session answers, this one's threads only take the core that it needs
 _PATIENCE = 1.0  # seconds that a dying version has to leave its session to the next one
 _SPARES = 2
 _FIRST = 3
@@ -198,7 +199,7 @@ class HostPool:
         folder = self._write()
         own = folder / str(next(self._numbers))
         adopted = {spec.name: HostStorage(spec, np.zeros(spec.size, np.float32)) for spec in self._packed.adopted}
-        options = session_options(self._threads)
+        options = session_options(self._threads, spin=_SPIN)
         for name, storage in adopted.items():
             options.add_initializer(name, public_value(storage.value))
         try:

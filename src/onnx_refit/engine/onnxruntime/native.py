@@ -27,7 +27,7 @@ PROVIDERS = ["CPUExecutionProvider"]
 NCHWC_DOMAIN = "com.microsoft.nchwc"
 _DEVICE = ort.OrtDevice.make("cpu", 0)._get_c_device()
 _SINGLE = np.dtype(np.float32)
-_SPIN = "1000"  # microseconds: longer than what one thread of a run waits for another, mostly
+_SPIN = 1000  # microseconds: longer than what one thread of a run waits for another, mostly
 # NumPy knows these only through ml_dtypes; ONNX Runtime takes them as raw integers with the ONNX type beside.
 _RAW = {"bfloat16": np.uint16, "float8e4m3fn": np.uint8, "float8e5m2": np.uint8}
 
@@ -86,11 +86,12 @@ def usable_cores() -> int:
 
 
 def session_options(
-    threads: int, *, optimise: bool = False, spinning: bool = True, arena: bool = True
+    threads: int, *, optimise: bool = False, spinning: bool = True, arena: bool = True, spin: int = _SPIN
 ) -> ort.SessionOptions:
     """Session options of this engine: everything of ONNX Runtime's optimiser, or nothing.
 
-    Without an arena a session keeps no memory between its runs, which take a little longer for it.
+    Without an arena a session keeps no memory between its runs, which take a little longer for it. Its threads turn for
+    ``spin`` microseconds when there is nothing to do, if they are ``spinning``.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -102,7 +103,7 @@ def session_options(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     else:
         # By itself an idle thread turns for about 30 ms after each run, on a core that a refit or a request needs.
-        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN)
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
     return options
 
 
