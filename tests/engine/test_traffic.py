@@ -94,8 +94,7 @@ def test_requests_do_the_work_of_a_refit_that_has_no_core() -> None:
     while refit.thread.is_alive():
         traffic.begin("another")
         traffic._flying["another"] -= 1e-3  # that was long enough for a unit
-        traffic.help("another")
-        traffic.end("another")
+        traffic.done("another")
     refit.join()
     assert not refit.errors
     assert set(noting.calls) == {("share", threading.get_ident())}

@@ -191,12 +191,11 @@ class Engine:
         """Run one inference with a weight set of this engine's backend (a staged one, say); raises as ``run``."""
         if self._closed:
             raise EngineError("the engine is closed")
-        results = self._backend.run(weights, self._check_inputs(inputs), self._wanted(outputs))
+        wanted = None if outputs is None else self._wanted(outputs)
+        results = self._backend.run(weights, self._check_inputs(inputs), wanted)
         return apply_maps(self._plan.postprocessors, results) if self._plan.postprocessors else results
 
-    def _wanted(self, outputs: Sequence[str] | None) -> Sequence[str] | None:
-        if outputs is None:
-            return None
+    def _wanted(self, outputs: Sequence[str]) -> Sequence[str]:
         known = [spec.name for spec in self._backend.outputs]
         for name in outputs:
             if name not in known:

@@ -234,7 +234,8 @@ class OnnxRuntimeBackend(CompiledBackend):
         self, weights: WeightSet, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run one inference with a weight set; see ``Backend.run``."""
-        self._check_open()
+        if self._closed:
+            self._check_open()
         own = _own(weights)
         if self._deadly:
             refuse_empty(self._deadly, inputs)
@@ -242,13 +243,12 @@ class OnnxRuntimeBackend(CompiledBackend):
         try:
             traffic.begin(request)
             values = own.run(inputs)
-            traffic.help(request)
-        except EngineError as error:
-            if not self._empty.concerns(error):
+            traffic.done(request)
+        except BaseException as error:
+            traffic.end(request)
+            if not isinstance(error, EngineError) or not self._empty.concerns(error):
                 raise
             values = self._empty.run(self._plain(own.buffers), inputs)
-        finally:
-            traffic.end(request)
         results = dict(zip(self._outputs, values, strict=True))
         return results if outputs is None else {name: results[name] for name in outputs}
 

@@ -79,18 +79,22 @@ class Traffic:
         self._shared: Shared | None = None
 
     def begin(self, request: object) -> None:
-        """A request comes; ``end`` must follow."""
+        """A request comes; ``done`` or ``end`` must follow, or both."""
         self._flying[request] = time.perf_counter()
 
-    def help(self, request: object) -> None:
-        """It has its answer: do a little for the refit that waits, if there is one."""
-        shared, took = self._shared, time.perf_counter() - self._flying[request]
+    def done(self, request: object) -> None:
+        """It has its answer: do a little for the refit that waits, if there is one; then the request goes."""
+        shared, now = self._shared, time.perf_counter()
+        took = now - self._flying[request]
         self._usual += (took - self._usual) / 8
         if shared is not None:
             shared.help(took)
+            now = time.perf_counter()
+        self._flying.pop(request, None)
+        self._last, self._bringer = now, threading.get_ident()
 
     def end(self, request: object) -> None:
-        """A request goes, whether it has its answer or failed."""
+        """A request goes without an answer, if it has not gone."""
         self._flying.pop(request, None)
         self._last, self._bringer = time.perf_counter(), threading.get_ident()
 

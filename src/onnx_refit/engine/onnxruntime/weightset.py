@@ -188,6 +188,6 @@ class OnnxRuntimeWeightSet:
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """Run one inference; outputs in the model's order; EngineError where ONNX Runtime fails."""
         results = self.runner.run(inputs)
-        if not self.answered.is_set():
+        if self._dead is not None and not self.answered.is_set():
             self.answered.set()
         return results
