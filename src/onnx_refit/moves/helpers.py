@@ -25,6 +25,7 @@ class Helpers:
         self._table = array("q", bytes(8 * len(HELPERS)))
         self._threads: list[threading.Thread] = []
         self._dismiss = weakref.finalize(self, _dismiss, library, self._table)
+        self._dismiss.atexit = False  # a process that ends takes them along where they wait
 
     def rouse(self) -> None:
         """Have them awake for what comes within some tenths of a millisecond."""

@@ -108,6 +108,7 @@ class Deriver:
         self._writers = {name: Writer(recipe, dtypes, packer, block) for name, recipe in others.items()}
         self._widens = any(writer.widened for writer in self._writers.values())
         self._count = len(specialised.buffers)
+        self._elements = sum(recipe.spec.size for recipe in specialised.buffers.values())
         self._reads = {name: self._closure(recipe) for name, recipe in specialised.buffers.items()}
         self._plain = {key: name for name, key in self._keys.items()}
         self._sources = {n: self._only_sources(reads, self._program.sources_of) for n, reads in self._reads.items()}
@@ -197,7 +198,7 @@ class Deriver:
         if not isinstance(sources, Called) or sources.addresses is None or not self._every_moved:
             return False
         if beside is None:
-            self._workers.rouse()
+            self._workers.rouse(self._elements)
         with self._lock:
             tensors, steady = self._tensors(sources, self._all_needs, inspector)
             assert self._batcher is not None

@@ -15,6 +15,7 @@ _PARALLEL = 1 << 18  # elements; less than this is not worth waking a thread for
 _MOVED = 1 << 19  # elements; the same for native code
 _ALONE = 1 << 14  # elements; smaller tasks are done several by one thread
 _BUNDLES = 4
+_MOST = 16  # threads that move weights: more do not make memory faster, and calling each takes microseconds
 
 
 class Workers:
@@ -34,11 +35,11 @@ class Workers:
             # Requests go first: with as many threads as cores they wait for a refit's otherwise.
             self._pool = ThreadPoolExecutor(threads - 1, "onnx-refit-derive", initializer=step_back)
             if isinstance(library, Library) and library.helped:
-                self._helpers = Helpers(library, threads - 1)
+                self._helpers = Helpers(library, min(threads, _MOST) - 1)
 
-    def rouse(self) -> None:
-        """A batch is about to come, with no requests beside it."""
-        if self._helpers is not None:
+    def rouse(self, elements: int) -> None:
+        """A batch of so many elements is about to come, with no requests beside it."""
+        if self._helpers is not None and elements >= _MOVED:
             self._helpers.rouse()
 
     def do(self, tasks: list[Task], ready: Ready | None, beside: Traffic | None) -> None:
