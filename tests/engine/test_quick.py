@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -102,6 +104,19 @@ def test_after_a_rest_everything_is_written_down_anew(quick: list[int]) -> None:
             for name, array in given.items():
                 np.testing.assert_array_equal(engine.weights().read(name), array)
         assert len(quick) == 5
+
+
+@pytest.mark.parametrize("case", [feed_forward, convolutions])
+def test_at_rest_nobody_holds_the_memory_of_small_weights(case: Callable[[], Case]) -> None:
+    with loaded(case(), 1) as engine:
+        engine.refit(random_like(held(engine), 1))
+        packet = engine._derivation._packet
+        assert packet._memory is not None
+        joined = weakref.ref(packet._memory[0])
+        packet.clear()
+        engine._backend._deriver.rest()  # type: ignore[attr-defined]
+        gc.collect()
+        assert joined() is None
 
 
 def test_where_something_is_kept_or_stays_as_it_is_the_long_way_is_taken(quick: list[int]) -> None:

@@ -287,6 +287,7 @@ class Batcher:
     def rest(self) -> None:
         """Keep no steady tensor alive."""
         self._settle({})
+        self._seen_beside = None, False
 
     def _called(self, called: Called) -> Sequence[tuple[int, int]]:
         """Slots that are not settled, and the place of each one's tensor in the roll, which never changes."""
