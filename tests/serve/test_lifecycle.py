@@ -16,7 +16,9 @@ from tests.serve.models import affine, slow
 
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.serve
-SECOND = 400_000  # turns of the slow model's loop, about, on a machine that does nothing else: half of one if it is quick
+SECOND = (
+    400_000  # turns of the slow model's loop, about, on a machine that does nothing else: half of one if it is quick
+)
 LONG, ENDLESS = 10 * SECOND, 200 * SECOND  # so that others see its state; until something else ends it
 PATIENT = ("--request-seconds", "120", "--drain-seconds", "120")  # a busy machine may take its time over long ones
 
