@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_refit.engine.onnxruntime import buffers
 from onnx_refit.engine.onnxruntime.backend import OnnxRuntimeBackend
-from onnx_refit.engine.onnxruntime.buffers import RackLease
+from onnx_refit.engine.onnxruntime.buffers import BufferPool, RackLease
 from onnx_refit.engine.onnxruntime.weightset import OnnxRuntimeWeightSet
 from onnx_refit.errors import EngineError
-from onnx_refit.tensors import Array
+from onnx_refit.tensors import Array, TensorSpec
 from tests.support.interrupts import Interrupt, at_line, interrupt
+from tests.support.janitors import by_hand
 
 from .compiled_by_hand import random_like
 from .test_backend import X, backend_of, mlp
@@ -137,3 +139,34 @@ def test_an_interrupt_while_a_rack_is_shared_gives_no_memory_to_two(step: int) -
     living = [derived(backend, random_like(weights, seed)) for seed in range(3)]
     for one, other in itertools.combinations([base, *living], 2):
         assert not addresses(one) & addresses(other)
+
+
+def test_buffers_taken_just_when_the_janitor_has_looked_keep_what_is_spare_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(buffers, "_SPARE_SECONDS", 1e6)
+    pool = BufferPool([TensorSpec("w", "float32", (4,))])
+    look = by_hand(pool, buffers._clean, monkeypatch)
+    pool.touch()
+    pool._deadline = 0.0
+    real = pool.seconds_left
+    looked: list[float] = []
+
+    def seconds_left() -> float:
+        left = real()
+        if not looked:
+            pool.touch()  # between its look and what it does then
+        looked.append(left)
+        return left
+
+    monkeypatch.setattr(pool, "seconds_left", seconds_left)
+    look()
+    assert pool._used.is_set(), "it would not look again soon"
+    pool.take(pool._specs[0])
+    look()
+    assert pool._spare["w"], "its time is not over"
+    assert pool._used.is_set(), "it has to look again"
+    pool._deadline = 0.0
+    look()
+    assert not pool._spare["w"]
+    assert not pool._used.is_set()

@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -25,6 +26,7 @@ from onnx_refit.errors import WeightsError
 from onnx_refit.refit import retain
 from onnx_refit.refit.retain import Kept, Retainer
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+from tests.support.janitors import by_hand
 
 SPECS = (TensorSpec("a", "float32", (300, 50)), TensorSpec("b", "bfloat16", (7,)), TensorSpec("c", "float64", ()))
 
@@ -49,6 +51,7 @@ def quiet(retainer: Retainer, monkeypatch: pytest.MonkeyPatch) -> None:
 def retainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Retainer]:
     monkeypatch.setattr(retain, "_SPARE_SECONDS", 1e6)  # the tests say when it is quiet
     made = Retainer(SPECS)
+    made._janitor = threading.Thread()  # never started: nobody but the test moves anything
     yield made
     made.close()
 
@@ -182,6 +185,12 @@ def folded() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
+def unattended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the test moves anything: a janitor that starts late would do so at the same time."""
+    monkeypatch.setattr(retain, "_SPARE_SECONDS", 1e6)
+    monkeypatch.setattr(retain, "_clean", lambda *_: None)
+
+
 def settle(engine: onnx_refit.Engine) -> Retainer:
     retainer = engine._derivation._retainer
     retainer._deadline = 0.0
@@ -191,7 +200,7 @@ def settle(engine: onnx_refit.Engine) -> Retainer:
 
 
 def test_an_engine_goes_on_as_if_nothing_had_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retain, "_SPARE_SECONDS", 1e6)
+    unattended(monkeypatch)
     model = folded()
     plan = onnx_refit.build(model)
     x = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
@@ -219,7 +228,7 @@ def test_an_engine_goes_on_as_if_nothing_had_moved(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_disk_the_engine_says_where_they_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(retain, "_SPARE_SECONDS", 1e6)
+    unattended(monkeypatch)
     with onnx_refit.load(onnx_refit.build(folded())) as engine:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
         settle(engine)
@@ -229,7 +238,7 @@ def test_without_a_disk_the_engine_says_where_they_stay(monkeypatch: pytest.Monk
 
 
 def test_memory_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retain, "_SPARE_SECONDS", 1e6)
+    unattended(monkeypatch)
     monkeypatch.setattr(cold, "ColdFile", None)
     plan = onnx_refit.build(folded())
     with onnx_refit.load(plan, options=onnx_refit.EngineOptions(cold="memory")) as engine:
@@ -251,6 +260,73 @@ def test_the_janitor_moves_them_by_itself_and_ends_with_the_engine(monkeypatch: 
     made._janitor.join(30)
     assert not made._janitor.is_alive()
     equal(kept, 1.0)
+
+
+@pytest.fixture
+def look(retainer: Retainer, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    monkeypatch.setattr(retain, "step_back", lambda: None)
+    return by_hand(retainer, retain._clean, monkeypatch)
+
+
+def test_a_refit_that_stalled_is_moved_once_it_is_done(
+    retainer: Retainer, look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The janitor came by after the refit had begun, and found nothing of it yet."""
+    given = weights(1.0)
+    keeping = retainer.keep(given, None)
+    quiet(retainer, monkeypatch)
+    look()
+    assert not retainer._used.is_set(), "it waits for somebody to wake it"
+    for name, target in keeping.targets.items():
+        np.copyto(target, given[name])
+    kept = keeping.finish()
+    assert retainer._used.is_set(), "nobody woke it"
+    assert retainer.seconds_left() > 0
+    quiet(retainer, monkeypatch)
+    look()
+    assert isinstance(kept.chunks["a"]._arrays, ColdBlock)
+    equal(kept, 1.0)
+
+
+def test_a_refit_just_when_the_janitor_has_looked_is_not_missed(
+    retainer: Retainer, look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retainer.retain(weights(1.0), None)
+    quiet(retainer, monkeypatch)
+    kept: list[Kept] = []
+    real = retainer.seconds_left
+
+    def seconds_left() -> float:
+        left = real()
+        if not kept:
+            kept.append(retainer.retain(weights(2.0), None))  # between its look and what it does then
+        return left
+
+    monkeypatch.setattr(retainer, "seconds_left", seconds_left)
+    look()
+    assert not isinstance(kept[0].chunks["a"]._arrays, ColdBlock)
+    assert retainer._used.is_set(), "it would not look again soon"
+    look()
+    assert retainer._used.is_set(), "there was time left: it has to look again"
+    quiet(retainer, monkeypatch)
+    look()
+    assert isinstance(kept[0].chunks["a"]._arrays, ColdBlock)
+    assert not retainer._used.is_set()
+
+
+def test_closing_just_when_the_janitor_has_looked_is_not_missed(
+    retainer: Retainer, look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retainer.retain(weights(1.0), None)
+
+    def seconds_left() -> float:
+        retainer.close()
+        return 0.0
+
+    monkeypatch.setattr(retainer, "seconds_left", seconds_left)
+    look()
+    assert retainer.closed
+    assert retainer._used.is_set(), "it would end a minute late"
 
 
 def test_nothing_is_left_of_a_killed_process(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gc
 import numpy as np
 import pytest
 
+from onnx_refit.refit import retain
 from onnx_refit.refit.retain import Retainer
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
@@ -18,7 +19,8 @@ def weights(value: float) -> dict[str, Array]:
 
 
 @pytest.fixture
-def retainer() -> Retainer:
+def retainer(monkeypatch: pytest.MonkeyPatch) -> Retainer:
+    monkeypatch.setattr(retain, "_SPARE_SECONDS", 1e6)  # however slow the machine is, nothing is freed meanwhile
     return Retainer(SPECS)
 
 

@@ -65,7 +65,7 @@ class Running:
         if token:
             request.add_header("authorization", f"Bearer {token}")
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=120) as answer:
                 status, found, content = answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             status, found, content = error.code, error.headers, error.read()

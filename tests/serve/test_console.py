@@ -12,6 +12,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 from onnx_refit.serve.client import RefitClient  # noqa: E402
 from tests.serve.conftest import TOKEN  # noqa: E402
 
+playwright.expect.set_options(timeout=60_000)  # it returns as soon as it is so
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.serve, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
 

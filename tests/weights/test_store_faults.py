@@ -133,7 +133,7 @@ def committer(path: Path) -> None:
 
 def kills(path: Path, count: int) -> int:
     generator = random.Random(count)
-    last = 0
+    last = idle = 0
     for _ in range(count):
         child = os.fork()
         if child == 0:
@@ -141,11 +141,12 @@ def kills(path: Path, count: int) -> int:
                 committer(path)
             finally:
                 os._exit(1)
-        time.sleep(generator.uniform(0.002, 0.03))
+        time.sleep(generator.uniform(0.002, 0.03) * (1 + idle))  # longer where the machine is too busy to commit
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with Store.open(path) as store:
             current = store.current()
+            idle = 0 if current is not None and current.number > last else idle + 1
             if current is None:
                 continue
             assert current.number >= last

@@ -248,7 +248,6 @@ class Retainer:
         """
         if not arrays:
             return before
-        self._touch()
         chunk = self._chunk(arrays)
         if len(arrays) == len(self._layout):
             return Kept(_Throughout(self._layout, chunk))
@@ -289,6 +288,7 @@ class Retainer:
             if len(self._warm) >= _MANY:
                 self._warm = [reference for reference in self._warm if reference() is not None]
             self._warm.append(weakref.ref(chunk))
+        self._touch()  # again, and now that it is there: the janitor may have come by since the refit began
         return chunk
 
     def _touch(self) -> None:
@@ -345,14 +345,15 @@ def _clean(reference: weakref.ref[Retainer], used: threading.Event) -> None:
     step_back()
     while True:
         used.wait(timeout=60.0)
+        used.clear()  # first: what comes from now on, at any point below, is seen at the next turn
         retainer = reference()
         if retainer is None or retainer.closed:
             return
-        if used.is_set() and (left := retainer.seconds_left()) > 0:
+        if (left := retainer.seconds_left()) > 0:
+            used.set()
             del retainer
             time.sleep(left)
             continue
-        used.clear()
         retainer.cool()
         retainer.clear()
         del retainer

@@ -257,13 +257,14 @@ def _clean(reference: weakref.ref[BufferPool], used: threading.Event) -> None:
     """Free a pool's spare storage some time after its last use, as long as the pool lives."""
     while True:
         used.wait(timeout=60.0)
+        used.clear()  # first: what comes from now on, at any point below, is seen at the next turn
         pool = reference()
         if pool is None or pool.closed:
             return
-        if used.is_set() and (left := pool.seconds_left()) > 0:
+        if (left := pool.seconds_left()) > 0:
+            used.set()
             del pool
             time.sleep(left)
             continue
-        used.clear()
         pool.clear()
         del pool
