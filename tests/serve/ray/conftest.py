@@ -43,9 +43,9 @@ def ray_cluster(tmp_path_factory):
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    for _ in range(NODES - 1):
-        cluster.add_node(**NODE, resources=WORKER)
     ray.init(address=cluster.address, log_to_driver=False)
+    for _ in range(NODES - 1):
+        add_worker(cluster)
     cluster.http_port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": cluster.http_port})
     yield cluster
@@ -64,7 +64,15 @@ def affine_plan():
     return onnx_refit.build(affine(1.0))
 
 
-def wait_until(condition, seconds=120):
+def add_worker(cluster):
+    """Add a node; Ray's own wait for it gives up after half a minute."""
+    import ray
+
+    node = cluster.add_node(**NODE, resources=WORKER, wait=False)
+    wait_until(lambda: node.node_id in {known["NodeID"] for known in ray.nodes() if known["Alive"]})
+
+
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come about"

@@ -20,7 +20,7 @@ from onnx_refit.serve.cluster.roster import Patience
 from tests.serve.cluster.support import golden
 from tests.serve.models import affine, affine_weights
 from tests.serve.ray import failpoints
-from tests.serve.ray.conftest import NODE, WORKER, wait_until
+from tests.serve.ray.conftest import add_worker, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ class Traffic:
         while not self._stop.is_set():
             asked = time.monotonic()
             try:
-                answer = (session or self._handle).infer(X)
+                answer = (session or self._handle).infer(X, timeout=240)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is a failure
                 self.failures.append(repr(error))
                 continue
@@ -54,7 +54,8 @@ class Traffic:
     def stop(self):
         self._stop.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(300)
+        assert not any(thread.is_alive() for thread in self._threads), "a request neither succeeds nor fails"
 
     def count(self):
         return len(self.answers)
@@ -122,7 +123,7 @@ def deployment(ray_cluster, affine_plan, tmp_path_factory):
         store=tmp_path_factory.mktemp("store"),
         name="affine",
         num_replicas=REPLICAS,
-        settings=ClusterSettings("", on_phase=failpoints.fail, patience=Patience(60, 20, 20)),
+        settings=ClusterSettings("", on_phase=failpoints.fail, patience=Patience(120, 60, 60)),
         max_replicas_per_node=1,
         health_check_period_s=0.5,
         graceful_shutdown_timeout_s=5,
@@ -145,8 +146,8 @@ def under_load(deployment):
     traffic.stop()
     assert failpoints.armed() == [], "what was to end did not come there"
     traffic.check(deployment.scales, deployment.published)
+    wait_until(lambda: deployment.status()["settled"])
     status = deployment.status()
-    assert status["settled"]
     answers = [deployment.handle.infer(X) for _ in range(30)]
     assert {(answer.version, answer.epoch) for answer in answers} == {(status["version"], status["epoch"])}
 
@@ -329,7 +330,7 @@ def test_a_whole_node_is_lost(under_load, ray_cluster):
     wait_until(lambda: lost[0] not in under_load.replicas())
     report = under_load.refit()
     assert lost[0] not in report.replicas
-    ray_cluster.add_node(**NODE, resources=WORKER)
+    add_worker(ray_cluster)
     under_load.whole()
     assert lost[1] not in {place["node"] for place in under_load.status()["replicas"].values()}
 
@@ -395,13 +396,15 @@ def test_the_coordinators_node_is_lost(ray_cluster, affine_plan, tmp_path):
         node = next(node for node in ray_cluster.worker_nodes if node.node_id == place)
         ray_cluster.remove_node(node, allow_graceful=False)
         wait_until(lambda: handle.status()["coordinator"]["node"] != place)
+        # A refit while the one that was there too is still listed stops, and says so.
+        wait_until(lambda: place not in {replica["node"] for replica in handle.status()["replicas"].values()})
         assert handle.status()["version"] == first.version
         second = handle.refit(affine_weights(3.0))
         answers = [handle.infer(X) for _ in range(10)]
         assert {(float(a["y"][0, 0]), a.version) for a in answers} == {(6.0, second.version)}
     finally:
         remove("shared")
-        ray_cluster.add_node(**NODE, resources=WORKER)
+        add_worker(ray_cluster)
 
 
 def test_another_coordinator_takes_over_from_one_that_is_gone_for_good(ray_cluster, affine_plan, tmp_path):
@@ -410,11 +413,18 @@ def test_another_coordinator_takes_over_from_one_that_is_gone_for_good(ray_clust
     from onnx_refit.serve.ray import ClusterSettings, deploy, remove, start_coordinator
     from onnx_refit.serve.ray.settings import NAMESPACE, coordinator_name
 
+    def there():
+        try:
+            return ray.get_actor(coordinator_name("again"), namespace=NAMESPACE)
+        except ValueError:
+            return None
+
     handle = deploy(affine_plan, store=tmp_path / "store", name="again", num_replicas=2)
     try:
         report = handle.refit(affine_weights(2.0))
         before = set(handle.status()["replicas"])
         ray.kill(ray.get_actor(coordinator_name("again"), namespace=NAMESPACE), no_restart=True)
+        wait_until(lambda: not there())
         with pytest.raises(ClusterError, match="no coordinator"):
             handle.refit(affine_weights(3.0))
         with pytest.raises(ClusterError, match="no coordinator"):

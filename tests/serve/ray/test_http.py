@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("ray")
 
 from tests.serve.models import affine_weights
+from tests.serve.ray.conftest import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,6 +32,13 @@ class Web:
         except urllib.error.HTTPError as error:
             return error.code, error.headers, error.read()
 
+    def open(self):
+        """Whether the proxy has heard of the deployment."""
+        try:
+            return self.ask("GET", "/v2")[0] == 200
+        except OSError:
+            return False
+
     def infer(self, headers=None, **more):
         status, found, body = self.ask("POST", "/v2/models/web/infer", {"inputs": [TENSOR], **more}, headers)
         assert status == 200, body
@@ -44,7 +52,9 @@ def web(ray_cluster, affine_plan, tmp_path_factory):
     from onnx_refit.serve.ray import deploy, remove
 
     handle = deploy(affine_plan, store=tmp_path_factory.mktemp("web"), name="web", route_prefix="/web")
-    yield Web(handle, f"http://127.0.0.1:{ray_cluster.http_port}/web")
+    web = Web(handle, f"http://127.0.0.1:{ray_cluster.http_port}/web")
+    wait_until(web.open)
+    yield web
     remove("web")
 
 
