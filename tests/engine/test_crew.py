@@ -33,21 +33,21 @@ def test_finishing_waits_for_the_task_in_hand_and_begins_no_other() -> None:
 
     def slow() -> None:
         begun.set()
-        go.wait(10)
+        go.wait(60)
         done.append(0)
 
     crew = Crew([(1, slow, ()), (1, done.append, (1,))])
     helper = threading.Thread(target=crew.help)
     helper.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     finished = threading.Thread(target=crew.finish)
     finished.start()
     finished.join(0.1)
     assert finished.is_alive()
     go.set()
-    finished.join(10)
+    finished.join(60)
     assert done == [0]
-    helper.join(10)
+    helper.join(60)
 
 
 def test_what_a_helper_raises_is_raised() -> None:
@@ -66,13 +66,13 @@ def test_an_interrupted_wait_is_waited_to_its_end(monkeypatch: pytest.MonkeyPatc
 
     def slow() -> None:
         begun.set()
-        go.wait(10)
+        go.wait(60)
         done.set()
 
     crew = Crew([(1, slow, ())])
     helper = threading.Thread(target=crew.help)
     helper.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     wait = threading.Condition.wait
 
     def interrupted(self: threading.Condition, timeout: float | None = None) -> bool:
@@ -86,7 +86,7 @@ def test_an_interrupted_wait_is_waited_to_its_end(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         crew.finish()
     assert done.is_set()
-    helper.join(10)
+    helper.join(60)
 
 
 @pytest.mark.parametrize("late", [True, False])
@@ -107,7 +107,7 @@ def test_an_interrupt_while_helpers_are_called_leaves_no_writer_behind(
     def interrupted(self: ThreadPoolExecutor, call: Callable[[], None]) -> None:
         def helper() -> None:
             if late:
-                go.wait(10)
+                go.wait(60)
             call()
 
         helpers.append(submit(self, helper))
@@ -122,7 +122,7 @@ def test_an_interrupt_while_helpers_are_called_leaves_no_writer_behind(
     first = backend.run(weights, inputs)["y"]
     go.set()
     assert len(helpers) == 1
-    helpers[0].result(10)
+    helpers[0].result(60)
     assert np.array_equal(backend.run(weights, inputs)["y"], first)
     assert np.array_equal(backend.recover(weights, "w"), w * 5)
     backend.close()

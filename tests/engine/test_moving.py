@@ -304,7 +304,7 @@ def test_who_works_on_a_batch_keeps_all_that_it_points_at() -> None:
 
     def work(address: int) -> None:
         begun.set()
-        assert go.wait(10)
+        assert go.wait(60)
 
     recipe = whole(TensorSpec("t", "float32", (100,)), PREFIX + "w")
     tensors: dict[str, Array] = {PREFIX + "w": np.ones(100, np.float32)}
@@ -316,7 +316,7 @@ def test_who_works_on_a_batch_keeps_all_that_it_points_at() -> None:
     thread = threading.Thread(target=lambda: made.work(batches.pop()))
     thread.start()
     del tensors
-    assert begun.wait(10)
+    assert begun.wait(60)
     gc.collect()
     assert held() is not None
     go.set()

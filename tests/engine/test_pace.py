@@ -52,18 +52,20 @@ def large() -> tuple[Batcher, Ready, Storage, np.ndarray, int]:
 def test_a_thread_sleeps_after_each_unit_if_it_should_and_is_as_it_was(pause: int) -> None:
     resource = importlib.import_module("resource")  # there is none on Windows
 
-    def work() -> None:
+    def work() -> int:
         batcher, ready, storage, values, units = large()
         before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _slack()
-        slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        slept: int = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         batcher.library.pace(ready.address, pause, 1 << 40)
         slept = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - slept
         assert (os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), _slack()) == before
-        assert slept >= units if pause else slept < units
         np.testing.assert_array_equal(storage.flat, values)
+        return slept - units
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(work).result()
+        # The least of three: a thread of a busy machine may wait for something else too.
+        more = min(pool.submit(work).result() for _ in range(3))
+    assert more >= 0 if pause else more < 0
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no such policy here")

@@ -15,7 +15,7 @@ CLIENTS = Path(__file__).parent / "clients"
 
 def run(script, server):
     done = subprocess.run(
-        [sys.executable, CLIENTS / script, server.url, server.grpc, TOKEN], capture_output=True, text=True, timeout=120
+        [sys.executable, CLIENTS / script, server.url, server.grpc, TOKEN], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.serve
 def call(server):
     with grpc.insecure_channel(server.grpc) as channel:
 
-        def call(method, request, *, timeout=20.0, metadata=()):
+        def call(method, request, *, timeout=60.0, metadata=()):
             made = channel.unary_unary(
                 f"/{messages.SERVICE}/{method}",
                 type(request).SerializeToString,

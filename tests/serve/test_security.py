@@ -29,7 +29,7 @@ REFIT = "/v2/models/affine/refit"
 INFER_TOKEN = "another-good-secret-here"
 
 
-def raw(server, data, *, seconds=15.0):
+def raw(server, data, *, seconds=60.0):
     """Send bytes as they are; everything that comes back until the server closes or falls silent."""
     with server.connect() as connection:
         connection.settimeout(seconds)
@@ -91,10 +91,10 @@ def test_inference_may_need_a_token_too(start, plan):
             messages.ServerMetadataResponse.FromString,
         )
         with pytest.raises(grpc.RpcError) as refused:
-            call(messages.ServerMetadataRequest(), timeout=20)
+            call(messages.ServerMetadataRequest(), timeout=60)
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
         metadata = (("authorization", f"Bearer {INFER_TOKEN}"),)
-        assert call(messages.ServerMetadataRequest(), metadata=metadata, timeout=20).name == "onnx-refit"
+        assert call(messages.ServerMetadataRequest(), metadata=metadata, timeout=60).name == "onnx-refit"
 
 
 def test_short_tokens_are_refused():
@@ -135,11 +135,11 @@ def test_headers_are_bounded(server):
 @pytest.mark.slow
 def test_slow_headers_are_cut_off(server):
     with server.connect() as connection:
-        connection.settimeout(30)
+        connection.settimeout(60)
         connection.sendall(b"GET /v2 HTTP/1.1\r\nhost: x\r\n")
         started = time.monotonic()
         assert connection.recv(1) == b""
-        assert 5 < time.monotonic() - started < 20
+        assert 5 < time.monotonic() - started < 60
 
 
 def test_no_path_of_a_client_is_opened(server, tmp_path):
@@ -192,7 +192,7 @@ def test_a_spool_serves_one_server_and_is_swept(tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"lock", "kept"}
 
 
-def _wait(condition, seconds=20.0):
+def _wait(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
@@ -229,10 +229,10 @@ def test_tls(start, plan, tmp_path):
     running = start(plan, "--tls-cert", certificate, "--tls-key", key)
     assert running.url.startswith("https://")
     trusting = ssl.create_default_context(cafile=certificate)
-    with urllib.request.urlopen(running.url + "/v2", context=trusting, timeout=20) as answer:
+    with urllib.request.urlopen(running.url + "/v2", context=trusting, timeout=60) as answer:
         assert json.load(answer)["name"] == "onnx-refit"
     with pytest.raises(OSError):
-        urllib.request.urlopen(running.url + "/v2", timeout=20)
+        urllib.request.urlopen(running.url + "/v2", timeout=60)
 
 
 def test_fuzzed_requests_never_break_it(server):
@@ -313,7 +313,7 @@ def test_schemathesis(server):
         def check(case):
             case.path_parameters = {**(case.path_parameters or {}), "model": "affine"}
             case.headers = {**(case.headers or {}), "authorization": f"Bearer {TOKEN}"}
-            answer = case.call(timeout=20)
+            answer = case.call(timeout=60)
             described = {int(code) for code in case.operation.definition.raw["responses"]}
             taken_offline = answer.status_code == 503
             assert answer.status_code < 500 or taken_offline, (case.method, case.path, answer.text)

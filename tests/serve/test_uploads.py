@@ -51,7 +51,7 @@ def head(length, *lines, path=STAGE):
 
 def answer(connection):
     """Everything until the server closes."""
-    connection.settimeout(30)
+    connection.settimeout(60)
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(1 << 16):
@@ -64,7 +64,7 @@ def left_over(tmp_path):
 
 
 def wait(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
@@ -211,7 +211,7 @@ def test_a_body_is_read_to_its_end_and_no_further(receiver, tmp_path):
             tmp_path,
             data[:first],
             len(data) - first,
-            20,
+            60,
             lambda end, rest=data[first:]: end.sendall(rest + b"next"),
         )
         assert got == data
@@ -219,19 +219,11 @@ def test_a_body_is_read_to_its_end_and_no_further(receiver, tmp_path):
 
 
 def test_a_body_that_does_not_come_is_given_up(receiver, tmp_path):
-    quiet = threading.Event()
     with pytest.raises(ServeError, match="not complete after") as late:
-        collect(
-            receiver,
-            tmp_path,
-            b"",
-            10_000_000,
-            0.05,
-            lambda end: (end.sendall(b"x" * 1000), quiet.wait(0.5), end.close()),
-        )
+        collect(receiver, tmp_path, b"", 10_000_000, 0.05, lambda end: end.sendall(b"x" * 1000))
     assert late.value.status == 408
     with pytest.raises(ServeError, match="went away") as gone:
-        collect(receiver, tmp_path, b"", 10_000_000, 20, lambda end: (end.sendall(b"x" * 1000), end.close()))
+        collect(receiver, tmp_path, b"", 10_000_000, 60, lambda end: (end.sendall(b"x" * 1000), end.close()))
     assert gone.value.status == 400
 
 
@@ -243,11 +235,11 @@ def test_the_end_of_the_process_that_receives_is_told_and_made_good(receiver, tm
         end.shutdown(socket.SHUT_WR)
 
     with pytest.raises(ServeError, match="ended") as ended:
-        collect(receiver, tmp_path, b"", 300_001, 20, cut_short)
+        collect(receiver, tmp_path, b"", 300_001, 60, cut_short)
     assert ended.value.status == 503
     (tmp_path / "body").unlink()
     assert (
-        collect(receiver, tmp_path, b"a", 300_000, 20, lambda end: end.sendall(b"b" * 300_000)) == b"a" + b"b" * 300_000
+        collect(receiver, tmp_path, b"a", 300_000, 60, lambda end: end.sendall(b"b" * 300_000)) == b"a" + b"b" * 300_000
     )
 
 
@@ -261,7 +253,7 @@ def test_a_file_that_cannot_be_written_is_the_disks_word(receiver, tmp_path):
         ours.setblocking(False)
         with theirs, full.open("r+b", buffering=0) as file:
             theirs.sendall(b"x" * 100_000)
-            await receiver.receive(Body(b"", 100_000, ours), file.fileno(), 20, lambda done: None)
+            await receiver.receive(Body(b"", 100_000, ours), file.fileno(), 60, lambda done: None)
 
     with pytest.raises(OSError, match="No space left"):
         asyncio.run(run())

@@ -150,9 +150,9 @@ def test_mutated_files(tmp_path: Path, name: str) -> None:
         for _ in range(COUNT // len(CHECKS) if COUNT > 10_000 else COUNT):
             bad = mutate(data, generator)
             path.write_bytes(bad)
-            started = time.perf_counter()
+            started = time.thread_time()  # of this thread, whoever else is at work on the machine
             found = attempt(path)
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, time.thread_time() - started)
             if found is not None:
                 accepted += 1
                 CHECKS[name](found, bad)

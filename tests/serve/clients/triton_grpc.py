@@ -34,7 +34,7 @@ seen["answers"] = [
     infer(),
     infer(model_version="1"),
     infer(outputs=[triton.InferRequestedOutput("y")]),
-    infer(client_timeout=10),
+    infer(client_timeout=60),
     infer(timeout=10_000_000),
     infer(compression_algorithm="gzip"),
 ]

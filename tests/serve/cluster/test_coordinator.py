@@ -198,7 +198,9 @@ def test_every_replica_may_end(play):
     play(story)
 
 
-def test_a_replica_that_joins_meanwhile_comes_in_at_what_was_decided(play):
+def test_a_replica_that_joins_meanwhile_comes_in_at_what_was_decided(play, world):
+    world.patience = Patience(prepare=30.0, publish=0.2, report=0.2)
+
     async def story(world):
         gate = asyncio.Event()
         local = world.living[0]
@@ -292,7 +294,9 @@ def test_a_replica_that_does_not_discard_is_ended(play):
     play(story)
 
 
-def test_a_late_report_of_a_later_epoch_takes_all_along(play):
+def test_a_late_report_of_a_later_epoch_takes_all_along(play, world):
+    world.patience = Patience(prepare=2.0, publish=0.2, report=30.0)
+
     async def story(world):
         await world.refit(2.0)
         late = world.living[-1]
@@ -313,7 +317,7 @@ def test_a_late_report_of_a_later_epoch_takes_all_along(play):
 
 
 def test_nobody_waits_for_a_replica_that_does_not_say_where_it_stands(play, world):
-    world.patience = Patience(prepare=5.0, publish=5.0, report=5.0)
+    world.patience = Patience(prepare=60.0, publish=60.0, report=60.0)
 
     async def story(world):
         slow = world.living[0]

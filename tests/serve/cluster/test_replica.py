@@ -113,7 +113,7 @@ def test_a_fence_waits_for_the_second_phase(replica):
     assert waiting.is_alive()
     assert replica.infer(X, fence=20).version == 7
     replica.carry_out(Publish("t", Target(8, 21)))
-    waiting.join(10)
+    waiting.join(60)
     assert (answers[0].version, answers[0].epoch, scale_of(answers[0])) == (8, 21, 2.0)
     with pytest.raises(StaleReplicaError, match="epoch 22"):
         replica.infer(X, fence=22, patience=0.01)
