@@ -14,8 +14,8 @@ import onnx_refit
 from onnx_refit.engine.onnxruntime import workers
 from onnx_refit.engine.onnxruntime.batch import Batcher, Ready
 from onnx_refit.engine.onnxruntime.buffers import Storage
+from onnx_refit.engine.onnxruntime.helpers import Helpers
 from onnx_refit.engine.onnxruntime.moving import SPLIT
-from onnx_refit.moves.helpers import Helpers
 from onnx_refit.moves.library import Library, load
 from onnx_refit.plan.trace.recipes import Recipe, whole
 from onnx_refit.tensors import TensorSpec

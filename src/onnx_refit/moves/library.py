@@ -52,7 +52,7 @@ class Library:
         left: how many are not finished; what the others wrote can be read.
         stop: lets nobody begin one any more, and waits until those that were begun are finished.
         helped: whether others can help on this system: the next four are explained in ``helpers.h`` and used by
-            ``moves.helpers``.
+            whoever has the threads.
         help: waits for batches to help with.
         rouse: has those who help awake.
         together: the same as ``work`` with their help.

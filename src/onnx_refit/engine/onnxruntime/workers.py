@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from onnx_refit.engine.onnxruntime.batch import Ready
 from onnx_refit.engine.onnxruntime.crew import Crew, Task
+from onnx_refit.engine.onnxruntime.helpers import Helpers
 from onnx_refit.engine.onnxruntime.traffic import Traffic
-from onnx_refit.moves.helpers import Helpers
 from onnx_refit.moves.library import Absent, Library
 from onnx_refit.threads import step_back
 
