@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnx_refit.engine.base import CompiledBackend
 from onnx_refit.engine.onnxruntime.artefact import dump, host_key, load
 from onnx_refit.engine.onnxruntime.blocked import block_size
-from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool
+from onnx_refit.engine.onnxruntime.buffers import Buffer, BufferPool, Storage
 from onnx_refit.engine.onnxruntime.derive import Deriver
 from onnx_refit.engine.onnxruntime.empty import EmptyProducts
 from onnx_refit.engine.onnxruntime.hosts import HostPool, Lease, NoHostError, loose
@@ -29,6 +29,8 @@ from onnx_refit.moves.library import Absent, Library
 from onnx_refit.moves.library import load as load_moves
 from onnx_refit.plan.compiled import CompiledModel, Decision, Verdict
 from onnx_refit.tensors import Array, TensorSpec
+
+_NOWHERE_ELSE: Mapping[str, Storage] = {}  # always the same: what is prepared for it is recognised by it
 
 
 def create(
@@ -182,7 +184,7 @@ class OnnxRuntimeBackend(CompiledBackend):
         racked = self._pool.take_all()
         rack, session = racked.rack, self._session
         if lease is None:
-            self._deriver.derive_all(sources, rack, {}, inspector, self._beside)
+            self._deriver.derive_all(sources, rack, _NOWHERE_ELSE, inspector, self._beside)
         else:
             session = lease.host.session
             self._deriver.derive_all(sources, rack, lease.host.storages, inspector, self._beside)
