@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,17 @@ from onnx_refit.engine.onnxruntime.specialise import SOURCE, Specialised
 from onnx_refit.errors import EngineError
 from onnx_refit.plan.trace.recipes import Gather, Operand, Piece, Recipe, Walk, along, fill
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
+
+
+class _Box(NamedTuple):
+    """A piece of an inverse recipe, ready to be copied: a partial refit reads some weights back, and is short."""
+
+    held: str
+    dims: tuple[int, ...]
+    to: int  # bytes, like all the others
+    to_strides: tuple[int, ...]
+    take: int
+    take_strides: tuple[int, ...]
 
 
 class Recoverer:
@@ -33,6 +45,8 @@ class Recoverer:
             if name in self._inverses:
                 self._add(name, specialised.staged[name], specs)
         self.names = frozenset(name.removeprefix(SOURCE) for name in self._inverses if name.startswith(SOURCE))
+        self._dtypes = {name: numpy_dtype(recipe.spec.dtype) for name, recipe in specialised.buffers.items()}
+        self._plain: dict[str, tuple[_Box, ...] | None] = {}
 
     def _add(self, name: str, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> None:
         for source in recipe.sources:
@@ -54,7 +68,31 @@ class Recoverer:
         """
         if name not in self.names:
             raise EngineError("the engine's weights do not hold this source weight bit for bit", where=name)
-        return self._make(SOURCE + name, held)
+        plain = self._plain.get(name, ())
+        if plain == ():
+            plain = self._plain[name] = self._boxes(self._inverses[SOURCE + name])
+        return self._make(SOURCE + name, held) if plain is None else self._copied(SOURCE + name, plain, held)
+
+    def _boxes(self, recipe: Recipe) -> tuple[_Box, ...] | None:
+        """What to copy; None where there is more to do, or for dtypes whose memory Python does not share."""
+        dtype, boxes = numpy_dtype(recipe.spec.dtype), []
+        for piece in recipe.pieces:
+            name, walk = piece.operands[0].name, piece.operands[0].walk
+            if name in self._inverses or dtype.isbuiltin != 1 or self._dtypes[name].isbuiltin != 1:
+                return None
+            to, take = dtype.itemsize, self._dtypes[name].itemsize
+            to_strides = tuple(stride * to for stride in piece.target.strides)
+            take_strides = tuple(stride * take for stride in walk.strides)
+            boxes.append(_Box(name, piece.dims, piece.target.offset * to, to_strides, walk.offset * take, take_strides))
+        return None if recipe.gathers or not boxes else tuple(boxes)
+
+    def _copied(self, name: str, boxes: tuple[_Box, ...], held: Callable[[str], Array]) -> Array:
+        spec = self._inverses[name].spec
+        out: Array = np.empty(spec.static_shape, numpy_dtype(spec.dtype))
+        for source, dims, to, to_strides, take, take_strides in boxes:
+            found: Array = np.ndarray(dims, self._dtypes[source], held(source), take, take_strides)
+            np.ndarray(dims, out.dtype, out, to, to_strides)[...] = found
+        return out
 
     def _make(self, name: str, held: Callable[[str], Array]) -> Array:
         recipe = self._inverses[name]
