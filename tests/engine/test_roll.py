@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_refit.moves.library import Absent, Library, load
-from onnx_refit.moves.roll import Form, Joined, Parts, Roll, Sampled
+from onnx_refit.moves.roll import Form, Joined, Parts, Roll, Sampled, Sight
 
 found = load()
 native = pytest.mark.skipif(isinstance(found, Absent), reason="no native code was compiled")
@@ -135,6 +136,52 @@ def test_what_is_not_finite_is_seen_when_it_is_joined(sizes: list[int], data: st
         at = data.draw(st.integers(0, values[name].size - 1))
         values[name][at] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
         assert not finite()
+
+
+@native
+@settings(max_examples=200, deadline=None)
+@given(st.permutations([form[0] for form in FORMS if form[0] != "d"]), st.integers(0, 3), st.data())
+def test_one_look_sees_what_several_see(names: list[str], joined: int, data: st.DataObject) -> None:
+    forms = [form for form in FORMS if form[0] != "d"]  # what has no elements is always alike
+    roll = Roll(forms, found)
+    before, values = ({form[0]: fitting(form, seed) for form in forms} for seed in (0, 1))
+    for name, one in values.items():
+        one[...] = before[name] + 100 + one % 2  # other than before
+    together = [name for name in names if name in {"a", "e"}][:joined]
+    rng = np.random.default_rng(joined)
+    positions = {name: rng.integers(0, values[name].size, 8) for name in names}
+    sight = Sight(roll, together, positions)
+    assert list(sight.parts) == names
+    samples = {name: before[name].reshape(-1)[positions[name]].tobytes() for name in names}
+    old = array_of_bytes(b"".join(samples.values()))
+    fault = data.draw(st.sampled_from(["none", "other", "infinite", "alike"]))
+    name = data.draw(st.sampled_from(names))
+    if fault == "other":
+        values[name] = values[name].astype(np.complex64)
+    elif fault == "alike":
+        values[name].reshape(-1)[positions[name]] = before[name].reshape(-1)[positions[name]]
+    elif fault == "infinite" and name in together:
+        values[name].reshape(-1)[-1] = -np.inf
+    memory = np.full(sum(values[name].size for name in together) + 4, 7, np.float32)
+    objects = [values[form[0]] for form in forms]
+    seen = sight.see(objects, memory.ctypes.data, old.buffer_info()[0])
+    refused = fault in {"other", "alike"} or (fault == "infinite" and name in together)
+    assert (seen is None) == refused
+    if fault == "other":
+        assert (memory == 7).all(), "nothing is touched"
+    if seen is not None:
+        addresses, taken, place = seen
+        assert place == taken.buffer_info()[0]
+        assert list(addresses) == [one.__array_interface__["data"][0] for one in objects]
+        wanted = b"".join(values[name].reshape(-1)[positions[name]].tobytes() for name in names)
+        assert taken.tobytes() == wanted
+        assert all(taken[sight.parts[n]].tobytes() == values[n].reshape(-1)[positions[n]].tobytes() for n in names)
+        plain = b"".join(values[name].tobytes() for name in together)
+        assert memory.tobytes() == plain + np.full(4, 7, np.float32).tobytes()
+
+
+def array_of_bytes(content: bytes) -> array[int]:
+    return array("B", content)
 
 
 def test_parts_are_alike_where_their_bytes_are() -> None:

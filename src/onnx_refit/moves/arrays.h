@@ -26,15 +26,16 @@ typedef struct {
     int64_t dims;   /* where its extents begin in the table of extents */
 } form;
 
-/* How many of these objects are arrays of their forms before the first that is not; and where their elements are. */
+/* How many of these objects are arrays of their forms before the first that is not; and where their elements are, which
+ * may be written over the objects' own addresses. */
 int64_t onnx_refit_call(
-    const ndarray *const *objects, int64_t count, uint64_t type, const form *forms, const int64_t *extents,
+    const uint64_t *objects, int64_t count, uint64_t type, const form *forms, const int64_t *extents,
     uint64_t *addresses) {
     for (int64_t i = 0; i < count; i++) {
-        const ndarray *one = objects[i];
+        const ndarray *one = (const ndarray *)(uintptr_t)objects[i];
         if (i + AHEAD < count) {
-            __builtin_prefetch(objects[i + AHEAD]);
-            __builtin_prefetch((const char *)objects[i + AHEAD] + 64);
+            __builtin_prefetch((const char *)(uintptr_t)objects[i + AHEAD]);
+            __builtin_prefetch((const char *)(uintptr_t)objects[i + AHEAD] + 64);
         }
         if (one->type != type || one->dtype != forms[i].dtype || one->rank != forms[i].rank) return i;
         if (!(one->flags & IN_ORDER)) return i;
@@ -71,4 +72,36 @@ void onnx_refit_sample(
                 __builtin_prefetch((const char *)(uintptr_t)addresses[places[k + 1]] + positions[q]);
         for (; p < ends[k]; p++, to += sizes[k]) memcpy(to, from + positions[p], (size_t)sizes[k]);
     }
+}
+
+/* What a refit of everything asks of its arrays, all of it; the fields are tables as above. */
+typedef struct {
+    int64_t count;
+    uint64_t type;
+    const form *forms;
+    const int64_t *extents;
+    const int64_t *joined, *bytes;
+    int64_t joins;
+    const int64_t *places, *sizes, *positions, *ends;
+    int64_t samples;
+} sight;
+
+enum { OTHERS = 1, NOT_FINITE = 2, ALIKE = 4 };
+
+/* Whether the objects at these addresses are OTHERS than the arrays that they should be (then nothing else was done);
+ * whether one of those joined at `to` is NOT_FINITE; whether all samples taken of one are as they were before: ALIKE.
+ * Where the arrays' elements are is written over their own addresses. */
+int64_t onnx_refit_see(
+    const sight *s, uint64_t *addresses, uint8_t *to, uint8_t *taken, const uint8_t *before) {
+    if (onnx_refit_call(addresses, s->count, s->type, s->forms, s->extents, addresses) < s->count) return OTHERS;
+    onnx_refit_sample(addresses, s->places, s->sizes, s->positions, s->ends, s->samples, taken);
+    int64_t found = onnx_refit_join(addresses, s->joined, s->bytes, s->joins, to) ? NOT_FINITE : 0;
+    for (int64_t k = 0, begin = 0; k < s->samples; k++) {
+        size_t bytes = (size_t)((s->ends[k] - begin) * s->sizes[k]);
+        begin = s->ends[k];
+        if (!memcmp(taken, before, bytes)) found |= ALIKE;
+        taken += bytes;
+        before += bytes;
+    }
+    return found;
 }

@@ -36,7 +36,7 @@ FILE = "_moves.so"
 OFF = "ONNX_REFIT_PORTABLE"
 """Environment variable: anything but nothing or 0 means to do without the native code."""
 
-_VERSION = 6
+_VERSION = 7
 _EXPECTED = _VERSION * 1_000_000 + MOVE.itemsize * 1000 + 8 * len(BATCH)
 
 
@@ -57,10 +57,11 @@ class Library:
         rouse: has those who help awake.
         together: the same as ``work`` with their help.
         dismiss: lets them go.
-        call: asks arrays what they are; like the next two it holds the lock, so that none of them changes meanwhile.
-            All three are explained in ``arrays.h`` and used by ``roll``.
+        call: asks arrays what they are; like the next three it holds the lock, so that none of them changes meanwhile.
+            All four are explained in ``arrays.h`` and used by ``roll``.
         join: copies the elements of some of them, float32 all, together; whether one is not finite.
         sample: reads a few elements of some of them.
+        see: all three at once.
     """
 
     work: Callable[[int], None]
@@ -76,6 +77,7 @@ class Library:
     call: Callable[..., int]
     join: Callable[..., int]
     sample: Callable[..., None]
+    see: Callable[[int, int, int, int, int], int]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         together, dismiss = library.onnx_refit_together, library.onnx_refit_dismiss
         held = ctypes.PyDLL(str(path))
         call, join, sample = held.onnx_refit_call, held.onnx_refit_join, held.onnx_refit_sample
+        see = held.onnx_refit_see
     except (OSError, AttributeError) as error:
         return Absent(f"{path.name} cannot be used: {error}")
     version.restype = ctypes.c_int64
@@ -122,7 +125,9 @@ def load(folder: Path = Path(__file__).parent) -> Library | Absent:
         (call, ctypes.c_int64, "aiaaaa"),
         (join, ctypes.c_int64, "aaaia"),
         (sample, None, "aaaaaia"),
+        (see, ctypes.c_int64, "aaaaa"),
     ):
         function.restype = result
         function.argtypes = tuple(ctypes.c_int64 if kind == "i" else ctypes.c_void_p for kind in arguments)
-    return Library(work, pace, share, left, stop, bool(helped()), lend, rouse, together, dismiss, call, join, sample)
+    helps = bool(helped()), lend, rouse, together, dismiss
+    return Library(work, pace, share, left, stop, *helps, call, join, sample, see)

@@ -33,7 +33,7 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
 #endif
 
-#define VERSION 6
+#define VERSION 7
 #define RANK 6
 #define LANES 16
 #define WIDE 1024 /* elements in a row that is copied as bytes, and may be looked at meanwhile */

@@ -197,6 +197,47 @@ class Sampled:
         return Parts(memory.tobytes(), parts)
 
 
+class Sight:
+    """Everything that a refit of a whole roll asks of its arrays, in one call.
+
+    Args:
+        roll: the roll; native code must read its arrays.
+        names: those that are joined, float32 all, in the order wanted.
+        positions: name -> flat positions of a few elements, the samples; of every array.
+
+    Attributes:
+        parts: name -> where its samples are among those of all.
+    """
+
+    def __init__(self, roll: Roll, names: Sequence[str], positions: Mapping[str, npt.NDArray[np.int64]]) -> None:
+        assert roll.native is not None
+        self._see = roll.native.see
+        joined, sizes = Joined(roll, names)._tables
+        tables, sampled, self.parts, self._room = Sampled(roll, positions)._tables
+        self._held = roll, joined, sizes, tables
+        table = roll._table
+        forms = len(roll.names), id(np.ndarray), *table._places
+        joins = joined.buffer_info()[0], sizes.buffer_info()[0], len(names)
+        self._sight = array("Q", (*forms, *joins, *sampled, len(self.parts)))
+        self._address = self._sight.buffer_info()[0]
+
+    def see(self, objects: list[Any], target: int, before: int) -> tuple[array[int], array[int], int] | None:
+        """The addresses and the samples of all arrays, if these are they, all joined ones finite, and none as before.
+
+        And the address of the samples.
+
+        Args:
+            objects: the arrays, in the roll's order, and as many; the caller's list keeps them alive.
+            target: the address where to join.
+            before: the address of the samples of those before.
+        """
+        addresses, taken = array("Q", map(id, objects)), array("B", self._room)
+        place = taken.buffer_info()[0]
+        if self._see(self._address, addresses.buffer_info()[0], target, place, before):
+            return None
+        return addresses, taken, place
+
+
 def _agrees(library: Library) -> bool:
     """Whether native code sees in arrays what Python does, here and now."""
     if sys.implementation.name != "cpython" or object.__basicsize__ != 16 or np.dtype(np.intp).itemsize != 8:

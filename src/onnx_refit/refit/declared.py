@@ -10,7 +10,7 @@ from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check_report import AsDeclared, CheckReport, NotGiven
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.source import WeightSource
-from onnx_refit.weights.sources.arrays import ArraysSource, form_of
+from onnx_refit.weights.sources.arrays import MAPPING, ArraysSource, form_of
 
 
 class Declared:
@@ -30,6 +30,10 @@ class Declared:
         self.roll = Roll(known, load()) if len(known) == len(forms) else None
         self._named = {spec.name: spec for spec in self._specs}
         self._places = {spec.name: place for place, spec in enumerate(self._specs)}
+
+    def report(self) -> CheckReport:
+        """What the check says of a mapping that has all of them, as they are declared."""
+        return CheckReport(MAPPING, False, AsDeclared(self._specs), (), (), ())
 
     def check(self, weights: WeightSource, options: CheckOptions) -> tuple[CheckReport, dict[str, Array]] | None:
         """What ``refit.check.check`` finds out, at the price of looking at the tensors given and at no others.

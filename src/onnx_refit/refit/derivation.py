@@ -18,7 +18,9 @@ from onnx_refit.refit.declared import Declared
 from onnx_refit.refit.in_place import InPlaceRefit
 from onnx_refit.refit.inspection import Inspection
 from onnx_refit.refit.packet import Packet
+from onnx_refit.refit.quick import frozen
 from onnx_refit.refit.retain import Retainer
+from onnx_refit.refit.routine import Routine
 from onnx_refit.refit.timing import timed
 from onnx_refit.refit.unchanged import Sampler, unchanged
 from onnx_refit.refit.versions import Version
@@ -63,6 +65,10 @@ class Derivation:
         self._retainer = Retainer(kept, disk=cold, together=together, rest=self._packet.clear)
         self._sampler = Sampler(self._packet, self._specs)
         self._on_device = isinstance(backend, InPlace)
+        roll = self._declared.roll
+        self._routine: Routine | None = None
+        if roll is not None and roll.native is not None and not self._on_device:
+            self._routine = Routine(roll, self._declared.report(), self._packet, self._sampler)
         self.in_place = InPlaceRefit(
             backend, compiled.sources, self._kept_names, self._constants, self._retainer, self._sampler
         )
@@ -111,6 +117,40 @@ class Derivation:
             return self._check(given, current, options, finite_later=False)  # the report names what is not finite too
         report.raise_if_rejected()
         return report, arrays
+
+    def usual(
+        self, base: Version, source: object, options: CheckOptions | None, seconds: dict[str, float]
+    ) -> Candidate | None:
+        """The candidate of a refit that gives everything as declared; None where ``candidate`` has to look closer.
+
+        Args:
+            base: the current version.
+            source: what the caller gave, in the plan's names.
+            options: how strict the check is.
+            seconds: takes the seconds of each stage.
+
+        Raises:
+            EngineError: the derivation failed.
+        """
+        if self._routine is None:
+            return None
+        began = time.perf_counter()
+        seen = self._routine.see(source, options, base.samples)
+        if seen is None:
+            return None
+        checked = time.perf_counter()
+        keeping = self._retainer.keep(self._every, None)
+        if keeping.together is not None:
+            np.copyto(keeping.together, seen.joined[: keeping.together.size])
+        inspection = Inspection(seen.arrays, keeping.targets, look=True, lasting=seen.views)
+        seen.arrays.update(seen.views)
+        weights = self._backend.derive(seen.arrays, inspector=inspection)
+        if not inspection.finish():
+            return None  # what is not finite is said by those who look closer
+        fields = {"weights": weights, "retained": keeping.finish(), "samples": seen.samples, "base": base.number}
+        fields |= {"full": True, "changed": self._every, "source": seen.check.checkpoint, "check": seen.check}
+        seconds["check"], seconds["derive"] = checked - began, time.perf_counter() - checked
+        return frozen(Candidate, fields)
 
     def candidate(
         self, base: Version, given: WeightSource, options: CheckOptions, seconds: dict[str, float]

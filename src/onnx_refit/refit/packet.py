@@ -43,7 +43,7 @@ class Packet:
         self.roll = roll
         self._native = None if roll is None or roll.native is None else Joined(roll, self.names)
         # One attribute for both, which somebody may clear meanwhile: so they never belong to different memory.
-        self._memory: tuple[Array, Mapping[str, Array]] | None = None
+        self._memory: tuple[Array, Mapping[str, Array], int] | None = None
 
     def range(self, names: frozenset[str]) -> tuple[int, int]:
         """First element and end of these weights, which lie side by side."""
@@ -58,19 +58,23 @@ class Packet:
 
     def join(self, arrays: Mapping[str, Array]) -> tuple[Array, bool]:
         """All weights, flat, in this packet's own memory: good until the next call; and whether they are finite."""
+        joined, _, address = self.memory()
+        addresses = arrays.addresses if isinstance(arrays, Called) else None
+        if self._native is not None and addresses is not None:
+            return joined, self._native.into(addresses, address)
+        if self.names:
+            np.concatenate([arrays[name] for name in self.names], axis=self._axis, out=joined)
+        return joined, all_finite(joined)
+
+    def memory(self) -> tuple[Array, Mapping[str, Array], int]:
+        """The packet's own memory with what was joined last, or anything: flat, each weight in it, and its address."""
         memory = self._memory
         if memory is None:
             whole = np.empty(self.size, np.float32)
             parts = zip(self.names, self._ranges, self._shapes, strict=True)
             views = {name: whole[begin:end].reshape(shape) for name, (begin, end), shape in parts}
-            self._memory = memory = whole, views
-        joined = memory[0]
-        addresses = arrays.addresses if isinstance(arrays, Called) else None
-        if self._native is not None and addresses is not None:
-            return joined, self._native.into(addresses, address_of(joined))
-        if self.names:
-            np.concatenate([arrays[name] for name in self.names], axis=self._axis, out=joined)
-        return joined, all_finite(joined)
+            self._memory = memory = whole, views, address_of(whole)
+        return memory
 
     @property
     def views(self) -> Mapping[str, Array]:

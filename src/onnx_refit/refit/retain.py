@@ -186,6 +186,9 @@ class Keeping:
     together: Array | None = None
 
 
+_NONE = Keeping({}, lambda: Kept({}))
+
+
 class Retainer:
     """Copies the weights that a version has to keep. One refit at a time; what it gives may be read in any thread.
 
@@ -262,7 +265,7 @@ class Retainer:
         """
         names = self._layout.keys() if before is None else self._layout.keys() & changed
         if not names:
-            return Keeping({}, lambda: Kept({}) if before is None else before)
+            return _NONE if before is None else Keeping({}, lambda: before)
         self._touch()
         if len(names) < len(self._layout):
             arrays = {name: self._layout[name].empty() for name in names}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_refit.moves.roll import Called, Parts, Sampled
+from onnx_refit.moves.roll import Called, Parts, Sampled, Sight
 from onnx_refit.refit.packet import Packet
 from onnx_refit.tensors import Array, TensorSpec
 from onnx_refit.weights.scan import same_bits
@@ -48,6 +50,7 @@ class Sampler:
     """
 
     def __init__(self, packet: Packet, specs: Mapping[str, TensorSpec]) -> None:
+        self._packet, self._specs = packet, specs
         self._rows = {name: row for row, name in enumerate(packet.names)}
         self._names = packet.names
         self._positions = packet.positions(_FEW)
@@ -85,6 +88,22 @@ class Sampler:
             else:
                 small[row] = array.reshape(-1).view(np.uint32).take(self._positions[row] - self._begins[row])
         return Samples(small, others)
+
+    def sight(self) -> Sight | None:
+        """What sees all weights at once, and takes ``Taken`` samples; None where native code does not read arrays."""
+        roll = self._packet.roll
+        if roll is None or roll.native is None:
+            return None
+        names = (*self._names, *(name for name in self._specs if name not in self._rows))
+        return Sight(roll, self._names, {name: self.positions(name, self._specs[name].size) for name in names})
+
+    def memory_of(self, samples: Samples) -> array[int]:
+        """What would be the memory of these, had they been ``Taken``."""
+        memory = array("B", samples.small.tobytes())
+        for name in self._specs:
+            if name not in self._rows:
+                memory.frombytes(samples.others[name])
+        return memory
 
     def positions(self, name: str, size: int) -> npt.NDArray[np.int64]:
         """Which elements of a weight are its samples, for those who take them elsewhere."""
@@ -160,6 +179,41 @@ class Elsewhere(Samples):
     def others(self) -> Mapping[str, bytes]:
         """See ``Samples``."""
         return self._here.others
+
+
+class Taken(Samples):
+    """Samples that native code took of all weights at once.
+
+    Attributes:
+        memory: those of the packet's weights, and of the others after them.
+        address: of the memory.
+
+    Args:
+        memory: see above.
+        address: see above.
+        count: how many weights the packet has.
+        parts: where each weight's samples are.
+    """
+
+    def __init__(self, memory: array[int], address: int, count: int, parts: Mapping[str, slice]) -> None:
+        vars(self).update(memory=memory, address=address, _count=count, _parts=parts)
+
+    memory: array[int]
+    address: int
+    _count: int
+    _parts: Mapping[str, slice]
+
+    @cached_property
+    def small(self) -> npt.NDArray[np.uint32]:
+        """See ``Samples``."""
+        count = self._count * _FEW
+        return np.frombuffer(self.memory, np.uint32, count).reshape(self._count, _FEW)
+
+    @cached_property
+    def others(self) -> Mapping[str, bytes]:
+        """See ``Samples``."""
+        names = islice(self._parts, self._count, None)
+        return {name: self.memory[self._parts[name]].tobytes() for name in names}
 
 
 def unchanged(

@@ -6,6 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +43,7 @@ class _Whole:
     pairs: Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """A batch to be worked on, with everything that it points at.
 
     Attributes:

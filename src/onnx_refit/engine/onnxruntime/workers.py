@@ -56,6 +56,9 @@ class Workers:
                 beside.carry(self._library, ready)
             elif self._helpers is not None and not tasks and ready.elements >= _MOVED:
                 self._helpers.work(ready.address)
+            elif self._pool is None and not tasks:
+                self._library.work(ready.address)
+                return
             else:
                 batch = [(ready.elements, _moved, (self._library, ready))]
         if beside is not None or self._pool is None or not _worth(batch, tasks):

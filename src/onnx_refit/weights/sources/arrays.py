@@ -33,6 +33,9 @@ _NATIVE: dict[np.dtype[Any], str] = {
 }
 
 
+MAPPING = "mapping"
+"""What a mapping is called in messages."""
+
 _TEXT = frozenset({str})
 _ARRAY = frozenset({np.ndarray})
 _SINGLE = np.dtype(np.float32)  # asked after by identity: looking a dtype up takes as long as all other questions
@@ -152,7 +155,7 @@ class ArraysSource:
         WeightsError: a name is no text, or a value is no tensor of numbers.
     """
 
-    def __init__(self, arrays: Mapping[str, object], description: str = "mapping") -> None:
+    def __init__(self, arrays: Mapping[str, object], description: str = MAPPING) -> None:
         self._description = description
         self._values = dict(arrays)
         self._others: dict[str, TensorSpec] = {}
