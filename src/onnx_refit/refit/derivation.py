@@ -39,9 +39,10 @@ class Derivation:
         backend: the backend.
         compiled: the model it runs.
         cold: whether what is seldom wanted moves to disk once refits pause.
+        renamed: whether what users give has other names than the plan: then no refit is a usual one.
     """
 
-    def __init__(self, backend: Backend, compiled: CompiledModel, *, cold: bool = True) -> None:
+    def __init__(self, backend: Backend, compiled: CompiledModel, *, cold: bool = True, renamed: bool = False) -> None:
         self._backend = backend
         self._sources = compiled.sources
         self._specs = {source.spec.name: source.spec for source in compiled.sources}
@@ -67,7 +68,7 @@ class Derivation:
         self._on_device = isinstance(backend, InPlace)
         roll = self._declared.roll
         self._routine: Routine | None = None
-        if roll is not None and roll.native is not None and not self._on_device:
+        if roll is not None and roll.native is not None and not self._on_device and not renamed:
             self._routine = Routine(roll, self._declared.report(), self._packet, self._sampler)
         self.in_place = InPlaceRefit(
             backend, compiled.sources, self._kept_names, self._constants, self._retainer, self._sampler

@@ -73,7 +73,7 @@ class Engine:
             raise EngineError(f"keep must be at least 1, not {keep}")
         self._plan = plan
         self._backend = backend
-        self._derivation = Derivation(backend, plan.compiled, cold=cold)
+        self._derivation = Derivation(backend, plan.compiled, cold=cold, renamed=plan.names is not None)
         self._check_inputs = InputChecker(backend.inputs, plan.preprocessors)
         # One guards what is published; the other lets one refit at a time be staged, which may take long: a rollback
         # does not wait for it. Taken in this order: staging, lock.
@@ -228,17 +228,12 @@ class Engine:
         options = _partly(options, partial)
         with self._staging:
             self._require_open()
-            if (usual := self._usual(source, options, seconds)) is not None:
+            current = self._versions.current
+            if (usual := self._derivation.usual(current, source, options, seconds)) is not None:
                 return usual
-            pending = self._derivation.in_place.again(source, options, self._versions.current, seconds)
+            pending = self._derivation.in_place.again(source, options, current, seconds)
             found = None if pending is None else pending[1]()
             return self._looked_at(source, options, seconds) if found is None else found
-
-    def _usual(self, source: object, options: CheckOptions | None, seconds: dict[str, float]) -> Candidate | None:
-        """The candidate of a refit as most are, if this is one; under the lock of staging."""
-        if self._plan.names is not None:
-            return None
-        return self._derivation.usual(self._versions.current, source, options, seconds)
 
     def _looked_at(self, source: WeightsLike, options: CheckOptions | None, seconds: dict[str, float]) -> Candidate:
         """The candidate of weights that are not those of a refit before; under the lock of staging."""
@@ -309,9 +304,10 @@ class Engine:
         with self._staging:
             if self._closed:
                 self._require_open()
-            if (usual := self._usual(source, options, seconds)) is not None:
+            current = self._versions.current
+            if (usual := self._derivation.usual(current, source, options, seconds)) is not None:
                 return self._publish(usual, seconds)
-            pending = self._derivation.in_place.again(source, options, self._versions.current, seconds)
+            pending = self._derivation.in_place.again(source, options, current, seconds)
             if pending is not None:
                 likely, settle = pending
                 ready = self._publisher.ready(likely)
