@@ -46,8 +46,8 @@ def cpu_tables(data: dict[str, Any]) -> str:
         " long ago. The call is that of refit alone, without the first answer's reading of weights that are in no cache"
         " yet, over that copy. A rebuild goes from new arrays to the first answer too: the arrays put into the ONNX"
         " model, the model serialised, a session made of it; the quickest one hands the arrays to the session instead"
-        " (`add_external_initializers`). P99 under refits is that of one client while another thread refits every 50 ms,"
-        " over that alone: windows of both in turn, and the median of their ratios:\n"
+        " (`add_external_initializers`). P99 under refits is that of one client while another thread refits every 50"
+        " ms, over that alone: windows of both in turn, and the median of their ratios:\n"
     )
     refits = []
     for entry in data["cases"].values():
