@@ -11,6 +11,7 @@ import pytest
 
 import onnx_refit
 from onnx_refit.errors import EngineError, InputError, OnnxRefitError, PlanError, RefitError
+from onnx_refit.moves.library import Absent, load
 from onnx_refit.tensors import Array
 from tests.refit.transaction_support import X, answers
 from tests.support.models import mlp, mlp_weights
@@ -39,6 +40,8 @@ def test_a_fault_at_a_step_leaves_the_engine_as_it_was(
     def fail(*_: object, **__: object) -> None:
         raise fault("injected")
 
+    if "routine" in step and isinstance(load(), Absent):
+        pytest.skip("no native code was compiled")
     with monkeypatch.context() as patch:
         patch.setattr(step, fail)
         given: Mapping[str, Array] = mlp_weights(1)
