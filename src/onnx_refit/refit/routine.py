@@ -68,13 +68,16 @@ class Routine:
         Returns:
             None for what the general way has to look at.
         """
-        if type(source) is not dict or self._sight is None or len(source) != len(self._names):
+        if type(source) is not dict or self._sight is None:
             return None
         if not (options is None or options == _USUAL):
             return None
-        objects = list(source.values())
-        if list(source) != self._names:
-            objects = [source.get(name) for name in self._names]
+        given = source.copy()  # at once: another thread may change the caller's
+        objects = list(given.values())
+        if list(given) != self._names:
+            objects = [given.get(name) for name in self._names]
+        if len(given) != len(objects):
+            return None
         joined, views, target = self._packet.memory()
         if type(before) is Taken:
             found = self._sight.see(objects, target, before.address)
