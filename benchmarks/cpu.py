@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,17 @@ import onnx_refit
 from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.growth import chain
-from benchmarks.measure import TAIL_SECONDS, TAIL_WINDOWS, copy_seconds, once, race, ratio
+from benchmarks.measure import (
+    TAIL_REQUESTS,
+    TAIL_SECONDS,
+    TAIL_SLICE,
+    TAIL_WARM,
+    TAIL_WINDOWS,
+    copy_seconds,
+    once,
+    race,
+    ratio,
+)
 from onnx_refit.tensors import Array
 
 
@@ -217,20 +228,20 @@ def _refit(case: Case, engine: onnx_refit.Engine, inputs: Mapping[str, Array]) -
 
 
 def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float = TAIL_SECONDS) -> dict[str, Any]:
-    """P99 of a client alone, and while somebody refits every 50 ms: windows of each in turn, and medians of them.
+    """P99 of a client alone, and while somebody refits every 50 ms: slices of each in turn, and medians of windows.
 
-    Each window beside refits is compared with the one alone before it: their ratio does not see the machine's drift,
-    and the median over the windows does not see what else happened in one of them.
+    A window is as many slices as both p99 need. Their ratio does not see the machine's drift, and the median over the
+    windows does not see what else happened in one of them.
     """
-    sets = [other_weights(engine, seed) for seed in (3, 4)]
+    weights = itertools.cycle([other_weights(engine, seed) for seed in (3, 4)])
 
-    def client(length: float) -> list[float]:
-        found, stop = [], time.perf_counter() + length
-        while time.perf_counter() < stop:
+    def client(until: Callable[[], bool]) -> list[float]:
+        found = []
+        while not until():
             found.append(once(lambda: engine.run(inputs)))
         return found
 
-    def beside(length: float) -> tuple[list[float], int]:
+    def beside(until: Callable[[int], bool]) -> tuple[list[float], int]:
         done = threading.Event()
         count = 0
 
@@ -238,22 +249,38 @@ def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float
             nonlocal count
             while not done.is_set():
                 began = time.perf_counter()
-                engine.refit(sets[count % 2])
-                count += not done.is_set()  # one that the window cut off is not counted
+                engine.refit(next(weights))
+                count += not done.is_set()  # one that the slice cut off is not counted
                 done.wait(max(0.0, 0.05 - (time.perf_counter() - began)))
 
         thread = threading.Thread(target=refits)
         thread.start()
         try:
-            return client(length), count
+            return client(lambda: until(count)), count
         finally:
             done.set()
             thread.join()
 
-    client(0.5)
-    beside(0.5)
-    windows = [(client(seconds), *beside(seconds)) for _ in range(TAIL_WINDOWS)]
-    ratios = [float(np.quantile(busy, 0.99) / np.quantile(idle, 0.99)) for idle, busy, _ in windows]
+    def over(length: float) -> Callable[..., bool]:
+        stop = time.perf_counter() + length
+        return lambda *_: time.perf_counter() >= stop
+
+    def window() -> tuple[list[float], list[float], int, float]:
+        idle: list[float] = []
+        busy: list[float] = []
+        refitted, lasted = 0, 0.0
+        while lasted < seconds or min(len(idle), len(busy)) < TAIL_REQUESTS:
+            idle += client(over(TAIL_SLICE))
+            found, count = beside(over(TAIL_SLICE))
+            busy += found
+            refitted += count
+            lasted += TAIL_SLICE
+        return idle, busy, refitted, lasted
+
+    client(over(0.5))
+    beside(lambda count: count >= TAIL_WARM)
+    windows = [window() for _ in range(TAIL_WINDOWS)]
+    ratios = [float(np.quantile(busy, 0.99) / np.quantile(idle, 0.99)) for idle, busy, *_ in windows]
 
     def middle(place: int, quantile: float) -> float:
         return statistics.median(float(np.quantile(window[place], quantile)) for window in windows)
@@ -265,6 +292,7 @@ def _tail(engine: onnx_refit.Engine, inputs: Mapping[str, Array], seconds: float
         "refit_p50_seconds": middle(1, 0.5),
         "p99_over_idle": statistics.median(ratios),
         "p99_over_idle_of_windows": ratios,
-        "refits": float(sum(count for *_, count in windows)),
-        "seconds": TAIL_WINDOWS * seconds,
+        "requests_of_windows": [[len(idle), len(busy)] for idle, busy, *_ in windows],
+        "refits": float(sum(refitted for *_, refitted, _ in windows)),
+        "seconds": sum(lasted for *_, lasted in windows),
     }

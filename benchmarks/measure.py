@@ -17,8 +17,11 @@ from onnx_refit.tensors import Array
 
 Clock = Callable[[], float]
 _REST = 0.04  # seconds
-TAIL_SECONDS = 2.0  # of requests, for a p99
-TAIL_WINDOWS = 5  # of so many seconds alone, and as many beside refits, in turn
+TAIL_SLICE = 1.0  # seconds of requests alone, then as many beside refits
+TAIL_SECONDS = 2.0  # of either, at least, for a p99
+TAIL_REQUESTS = 1000  # of either, at least: the p99 of 400 is the fourth slowest
+TAIL_WINDOWS = 5  # pairs of p99
+TAIL_WARM = 3  # refits first: as many weight sets as are alive at once, whose memory is new till then
 
 
 def once(call: Callable[[], object]) -> float:

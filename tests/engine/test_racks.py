@@ -66,6 +66,25 @@ def test_what_a_partial_refit_shares_is_not_taken_back_with_the_set_that_had_it(
     assert np.array_equal(backend.run(second, X)["y"], before)
 
 
+def test_the_same_weights_again_take_no_memory_and_leave_a_rack_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, weights = backend_of(mlp())
+    living = [derived(backend, random_like(weights, seed)) for seed in range(2)]
+    living.append(derived(backend, {}, living[-1], frozenset()))
+    assert addresses(living[2]) == addresses(living[1])
+    assert living[2].shared_nbytes == living[2].nbytes
+    answer = backend.run(living[2], X)["y"].copy()
+    living.append(derived(backend, random_like(weights, 2)))
+    monkeypatch.setattr(buffers, "Storage", None)  # from here on there is no new memory
+    living.pop(0)  # its memory is spare now
+    living.append(derived(backend, random_like(weights, 3)))
+    living.pop(0)
+    assert not backend._pool._racks, "the same weights are read yet"
+    assert np.array_equal(backend.run(living[0], X)["y"], answer)
+    living.pop(0)
+    assert len(backend._pool._racks) == 1
+    derived(backend, random_like(weights, 4))
+
+
 def test_a_partial_refit_takes_spare_memory_out_of_a_rack() -> None:
     backend, weights = backend_of(mlp())
     first, second = derived(backend, weights), derived(backend, weights)
@@ -104,7 +123,7 @@ def test_there_is_one_spare_rack_at_most() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["full", "partial", "drop"]), st.integers(0, 99)), max_size=25))
+@given(st.lists(st.tuples(st.sampled_from(["full", "partial", "same", "drop"]), st.integers(0, 99)), max_size=25))
 def test_living_sets_answer_as_they_did_at_first(steps: list[tuple[str, int]]) -> None:
     backend, weights = backend_of(mlp())
     living: list[tuple[OnnxRuntimeWeightSet, Array]] = []
@@ -116,6 +135,10 @@ def test_living_sets_answer_as_they_did_at_first(steps: list[tuple[str, int]]) -
             name = sorted(weights)[number % len(weights)]
             given = {name: random_like(weights, number)[name]}
             made = derived(backend, given, base, frozenset(given))
+            living.append((made, backend.run(made, X)["y"].copy()))
+        elif step == "same" and living:
+            base = living[number % len(living)][0]
+            made = derived(backend, {}, base, frozenset())
             living.append((made, backend.run(made, X)["y"].copy()))
         else:
             made = derived(backend, random_like(weights, number))

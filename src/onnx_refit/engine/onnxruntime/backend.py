@@ -163,6 +163,8 @@ class OnnxRuntimeBackend(CompiledBackend):
         if earlier is None or changed is None:
             made = self._all(sources, inspector)
             renewed: Set[str] = self._specs.keys()
+        elif not changed:
+            renewed, made = frozenset(), earlier.again()
         else:
             renewed = self._deriver.affected(changed)
             made = self._some(sources, earlier, renewed, inspector)

@@ -168,6 +168,12 @@ class OnnxRuntimeWeightSet:
             self._buffers = {**held, **self._racked.rack.buffers}
         return self._buffers
 
+    def again(self) -> OnnxRuntimeWeightSet:
+        """Another one of the same weights: it shares all, so that a rack stays whole."""
+        return OnnxRuntimeWeightSet(
+            self._buffers, self._nbytes, self._nbytes, self.first, self._dead, self._racked, self.hosted
+        )
+
     def share(self) -> None:
         """Let its buffers live on in a set that shares some of them."""
         if self._racked is not None:
