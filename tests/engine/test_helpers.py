@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,20 +45,24 @@ class Batches:
         return self.batcher.ready({"t": self.target}, {"source:w": np.full(SIZE, value, np.float32)}, {}, {})
 
 
-def helping() -> list[threading.Thread]:
+def every() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "onnx-refit-helper"]
 
 
+Helping = Callable[[], list[threading.Thread]]
+
+
 @pytest.fixture
-def alone() -> None:
+def helping() -> Helping:
+    """The helpers that live, but those of engines that live on from other tests."""
     gc.collect()
-    for thread in helping():
-        thread.join(10)
+    others = set(every())
+    return lambda: [thread for thread in every() if thread not in others]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("roused", [False, True])
-def test_each_batch_is_whole_and_nobody_works_on_it_afterwards(alone: None, count: int, roused: bool) -> None:
+def test_each_batch_is_whole_and_nobody_works_on_it_afterwards(helping: Helping, count: int, roused: bool) -> None:
     assert isinstance(found, Library)
     helpers, batches = Helpers(found, count), Batches()
     for number in range(1, 60):
@@ -74,7 +79,7 @@ def test_each_batch_is_whole_and_nobody_works_on_it_afterwards(alone: None, coun
     assert not helping()
 
 
-def test_a_helper_does_what_the_caller_does_not(alone: None) -> None:
+def test_a_helper_does_what_the_caller_does_not() -> None:
     """It waits in native code until there is a batch, so the caller need not be in it."""
     assert isinstance(found, Library)
     helpers, batches = Helpers(found, 1), Batches()
@@ -88,7 +93,7 @@ def test_a_helper_does_what_the_caller_does_not(alone: None) -> None:
     helpers.close()
 
 
-def test_without_helpers_a_batch_is_done_all_the_same(alone: None) -> None:
+def test_without_helpers_a_batch_is_done_all_the_same(helping: Helping) -> None:
     assert isinstance(found, Library)
     helpers, batches = Helpers(found, 2), Batches()
     helpers.close()
@@ -99,7 +104,7 @@ def test_without_helpers_a_batch_is_done_all_the_same(alone: None) -> None:
     assert not helping()
 
 
-def test_helpers_that_are_dropped_end(alone: None) -> None:
+def test_helpers_that_are_dropped_end(helping: Helping) -> None:
     assert isinstance(found, Library)
     helpers = Helpers(found, 2)
     helpers.rouse()
@@ -114,7 +119,7 @@ def test_helpers_that_are_dropped_end(alone: None) -> None:
         assert not thread.is_alive()
 
 
-def test_refits_of_an_engine_with_threads_are_helped(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refits_of_an_engine_with_threads_are_helped(helping: Helping, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     together: Any = Helpers.work
 
