@@ -47,7 +47,8 @@ def cpu_tables(data: dict[str, Any]) -> str:
         " yet, over that copy. A rebuild goes from new arrays to the first answer too: the arrays put into the ONNX"
         " model, the model serialised, a session made of it; the quickest one hands the arrays to the session instead"
         " (`add_external_initializers`). P99 under refits is that of one client while another thread refits every 50"
-        " ms, over that alone: windows of both in turn, and the median of their ratios:\n"
+        " ms, over that alone: seconds of both in turn, after three refits (the first ones write to memory that the"
+        " system has yet to give), at least 1,000 requests of either, and the median of five such ratios:\n"
     )
     refits = []
     for entry in data["cases"].values():
