@@ -171,7 +171,7 @@ def test_buffers_taken_just_when_the_janitor_has_looked_keep_what_is_spare_a_whi
     pool = BufferPool([TensorSpec("w", "float32", (4,))])
     look = by_hand(pool, buffers._clean, monkeypatch)
     pool.touch()
-    pool._deadline = 0.0
+    pool._expected.until = 0.0
     real = pool.seconds_left
     looked: list[float] = []
 
@@ -189,7 +189,7 @@ def test_buffers_taken_just_when_the_janitor_has_looked_keep_what_is_spare_a_whi
     look()
     assert pool._spare["w"], "its time is not over"
     assert pool._used.is_set(), "it has to look again"
-    pool._deadline = 0.0
+    pool._expected.until = 0.0
     look()
     assert not pool._spare["w"]
     assert not pool._used.is_set()

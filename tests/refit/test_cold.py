@@ -45,6 +45,7 @@ def equal(kept: Kept, value: float) -> None:
 
 def quiet(retainer: Retainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retainer, "_deadline", 0.0)
+    monkeypatch.setattr(retainer._expected, "until", 0.0)
 
 
 @pytest.fixture
@@ -311,6 +312,25 @@ def test_a_refit_just_when_the_janitor_has_looked_is_not_missed(
     quiet(retainer, monkeypatch)
     look()
     assert isinstance(kept[0].chunks["a"]._arrays, ColdBlock)
+    assert not retainer._used.is_set()
+
+
+def test_refits_at_intervals_move_what_is_kept_and_leave_the_memory_for_the_next(
+    retainer: Retainer, look: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retain, "_SPARE_SECONDS", 0.0)
+    first = retainer.retain(weights(1.0), None)
+    retainer._expected._last -= 20.0  # that was twenty seconds ago
+    kept = retainer.retain(weights(2.0), None)
+    look()
+    for version, value in ((first, 1.0), (kept, 2.0)):
+        assert isinstance(version.chunks["a"]._arrays, ColdBlock)
+        equal(version, value)
+    assert retainer._spare, "the next refit is expected"
+    assert retainer._used.is_set(), "it has to look again"
+    monkeypatch.setattr(retainer._expected, "until", 0.0)
+    look()
+    assert not retainer._spare
     assert not retainer._used.is_set()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from onnx_refit.cold import ColdFile, NoDiskError
+from onnx_refit.expected import Expected
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 from onnx_refit.threads import step_back
 
@@ -222,6 +223,7 @@ class Retainer:
         self._spare: list[_Arena] = []
         self._used = threading.Event()
         self._deadline = 0.0
+        self._expected = Expected()
         self._janitor: threading.Thread | None = None
         self._disk = disk
         self._cold: ColdFile | None = None
@@ -295,8 +297,9 @@ class Retainer:
         return chunk
 
     def _touch(self) -> None:
-        """Keep a spare arena for a few seconds from now, and what is kept in memory."""
+        """Keep a spare arena for a while from now, and what is kept in memory for a few seconds."""
         self._deadline = time.monotonic() + _SPARE_SECONDS
+        self._expected.note(_SPARE_SECONDS)
         if self._janitor is None:
             reference = weakref.ref(self)
             self._janitor = threading.Thread(
@@ -307,8 +310,12 @@ class Retainer:
             self._used.set()
 
     def seconds_left(self) -> float:
-        """Until a spare arena is freed, and what is kept moves to disk."""
+        """Until what is kept moves to disk."""
         return self._deadline - time.monotonic()
+
+    def spare_seconds_left(self) -> float:
+        """Until a spare arena is freed: not before that."""
+        return self._expected.seconds_left()
 
     def clear(self) -> None:
         """Free a spare arena, and what others have for a next refit."""
@@ -358,5 +365,10 @@ def _clean(reference: weakref.ref[Retainer], used: threading.Event) -> None:
             time.sleep(left)
             continue
         retainer.cool()
+        if (left := retainer.spare_seconds_left()) > 0:
+            used.set()
+            del retainer
+            time.sleep(min(left, _SPARE_SECONDS))
+            continue
         retainer.clear()
         del retainer

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnx_refit.engine.onnxruntime.native import Value, owned
+from onnx_refit.expected import Expected
 from onnx_refit.plan.evaluate import pack
 from onnx_refit.tensors import Array, TensorSpec, numpy_dtype
 
@@ -159,8 +160,8 @@ class BufferPool:
     """Gives buffers, and takes back those of dead weight sets so that the next refit touches no fresh memory.
 
     A fresh page costs about as much as copying it twice, so a refit soon after another one reuses what the dead set
-    left: at most one spare storage an engine weight, alone or in a rack. Spare memory that nobody took for a few
-    seconds is freed. Thread-safe without locks: the lists change by atomic operations only.
+    left: at most one spare storage an engine weight, alone or in a rack. Spare memory is freed when no refit is
+    expected any more. Thread-safe without locks: the lists change by atomic operations only.
 
     Args:
         specs: every engine weight there will be.
@@ -175,7 +176,7 @@ class BufferPool:
         self._scattered = False  # whether there may be spare storage outside racks
         self._keep = True
         self._used = threading.Event()
-        self._deadline = 0.0
+        self._expected = Expected()
         self._janitor: threading.Thread | None = None
 
     def take(self, spec: TensorSpec) -> Buffer:
@@ -218,8 +219,8 @@ class BufferPool:
                     spare.clear()
 
     def touch(self) -> None:
-        """Note that buffers were taken: spare ones are kept for a few seconds from now."""
-        self._deadline = time.monotonic() + _SPARE_SECONDS
+        """Note that buffers were taken: spare ones are kept for a while from now."""
+        self._expected.note(_SPARE_SECONDS)
         if self._janitor is None:
             self._janitor = threading.Thread(
                 target=_clean, args=(weakref.ref(self), self._used), name="onnx-refit-spare", daemon=True
@@ -230,7 +231,7 @@ class BufferPool:
 
     def seconds_left(self) -> float:
         """Until spare storage is freed."""
-        return self._deadline - time.monotonic()
+        return self._expected.seconds_left()
 
     def clear(self) -> None:
         """Free every spare storage."""
@@ -244,7 +245,7 @@ class BufferPool:
         """Free every spare storage, now and from now on."""
         self._keep = False
         self.clear()
-        self._deadline = 0.0
+        self._expected.until = 0.0
         self._used.set()
 
     @property
@@ -264,7 +265,7 @@ def _clean(reference: weakref.ref[BufferPool], used: threading.Event) -> None:
         if (left := pool.seconds_left()) > 0:
             used.set()
             del pool
-            time.sleep(left)
+            time.sleep(min(left, _SPARE_SECONDS))  # an engine that is closed meanwhile ends this soon
             continue
         pool.clear()
         del pool

@@ -27,6 +27,7 @@ from onnx_refit.engine.onnxruntime.buffers import Buffer, Storage
 from onnx_refit.engine.onnxruntime.native import PROVIDERS, owned, public_value, session_options
 from onnx_refit.engine.onnxruntime.packed import Packed, external
 from onnx_refit.errors import EngineError
+from onnx_refit.expected import Expected
 from onnx_refit.plan.trace.recipes import evaluate
 from onnx_refit.tensors import Array, TensorSpec
 
@@ -119,7 +120,7 @@ class HostPool:
     """Makes hosts, and gives those of dead weight sets to new ones. Thread-safe.
 
     There are as many at once as two versions and a refit take, and later a spare one is there or being made: a refit
-    does not wait for a session. What spare ones hold is given back to the system after a few quiet seconds.
+    does not wait for a session. What spare ones hold is given back to the system when no refit is expected any more.
 
     Args:
         model: the graph; its weights are graph inputs.
@@ -141,7 +142,7 @@ class HostPool:
         self._threads = threads
         self._numbers = itertools.count()
         self._changed = threading.Event()
-        self._deadline = 0.0
+        self._expected = Expected()
         self._janitor: threading.Thread | None = None
         self.closed = False
         self._lock = threading.Lock()
@@ -184,7 +185,7 @@ class HostPool:
             host = self.spare.pop()
         except IndexError:
             host = self.make()
-        self._deadline = time.monotonic() + _SPARE_SECONDS
+        self._expected.note(_SPARE_SECONDS)
         if self._janitor is None:
             self._janitor = threading.Thread(
                 target=_attend, args=(weakref.ref(self), self._changed), name="onnx-refit-hosts", daemon=True
@@ -230,7 +231,7 @@ class HostPool:
 
     def seconds_left(self) -> float:
         """Until what spare hosts hold is given back."""
-        return self._deadline - time.monotonic()
+        return self._expected.seconds_left()
 
     def cool(self) -> None:
         """Keep no memory of spare hosts' packed weights."""
