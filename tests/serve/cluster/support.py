@@ -188,3 +188,20 @@ def in_loop(work):
     if failure:
         raise failure[0]
     return result[0]
+
+
+def prepared(world):
+    return {local.replica.state.prepared for local in world.living}
+
+
+async def all_is_well(world, version, scale):
+    """Every replica answers alike, a new one joins there, and a refit goes through."""
+    epoch = world.book.target.epoch
+    assert world.answers() == {(scale, version, epoch)}
+    assert prepared(world) == {None}
+    await world.join()
+    assert world.answers() == {(scale, version, epoch)}
+    assert set(world.coordinator.status()["replicas"]) == {local.member.name for local in world.living}
+    report = await world.refit(9.0, "afterwards", canary=golden(9))
+    assert world.answers() == {(9.0, report.version, report.target.epoch)}
+    assert report.target.epoch > epoch

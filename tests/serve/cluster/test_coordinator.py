@@ -6,40 +6,19 @@ import shutil
 import numpy as np
 import pytest
 
-import onnx_refit
 from onnx_refit.errors import (
     CanaryError,
     RefitRejectedError,
-    StoreError,
-    StoreLockedError,
     VersionError,
 )
 from onnx_refit.refit.check import CheckOptions
 from onnx_refit.refit.check_report import CheckReport
-from onnx_refit.serve.cluster.book import FILE, Book
+from onnx_refit.serve.cluster.book import FILE
 from onnx_refit.serve.cluster.errors import ClusterError
 from onnx_refit.serve.cluster.messages import Publish, RefitOrder, Target
 from onnx_refit.serve.cluster.parcel import pack
 from onnx_refit.serve.cluster.roster import Patience
-from tests.serve.cluster.support import Killed, Local, golden, in_loop
-from tests.serve.models import affine
-
-
-def prepared(world):
-    return {local.replica.state.prepared for local in world.living}
-
-
-async def all_is_well(world, version, scale):
-    """Every replica answers alike, a new one joins there, and a refit goes through."""
-    epoch = world.book.target.epoch
-    assert world.answers() == {(scale, version, epoch)}
-    assert prepared(world) == {None}
-    await world.join()
-    assert world.answers() == {(scale, version, epoch)}
-    assert set(world.coordinator.status()["replicas"]) == {local.member.name for local in world.living}
-    report = await world.refit(9.0, "afterwards", canary=golden(9))
-    assert world.answers() == {(9.0, report.version, report.target.epoch)}
-    assert report.target.epoch > epoch
+from tests.serve.cluster.support import Killed, Local, all_is_well, golden
 
 
 def test_the_whole_way(play):
@@ -389,177 +368,3 @@ def test_nobody_loses_a_refit_by_going_away(play):
         await all_is_well(world, 2, 2.0)
 
     play(story)
-
-
-# ---------------------------------------------------------------------- the coordinator ends
-
-
-def kill_while_deciding(world):
-    """The process ends with the transaction noted and the store's line not written."""
-
-    def killed(*_, **__):
-        raise Killed
-
-    world.book._ledger.commit_arrays = world.book._ledger.rollback = killed
-
-
-def kill_in(command):
-    def arm(world):
-        world.living[1].faults[command] = "coordinator"
-
-    return arm
-
-
-def kill_at(phase):
-    def arm(world):
-        world.kill_at = phase
-
-    return arm
-
-
-DEATHS = {
-    "while preparing": (kill_in("Prepare"), False),
-    "all prepared": (kill_at("prepared"), False),
-    "while deciding": (kill_while_deciding, False),
-    "decided": (kill_at("decided"), True),
-    "while publishing": (kill_in("Publish"), True),
-    "all published": (kill_at("published"), True),
-}
-
-
-@pytest.mark.parametrize("when", DEATHS)
-@pytest.mark.parametrize("verb", ["refit", "rollback"])
-@pytest.mark.parametrize("also", ["", "a replica ends", "a replica is deaf"])
-def test_the_next_coordinator_finds_out_what_was_decided(play, when, verb, also):
-    arm, decided = DEATHS[when]
-
-    async def story(world):
-        await world.refit(2.0, "first")
-        arm(world)
-        with pytest.raises(Killed):
-            await (world.refit(3.0) if verb == "refit" else world.coordinator.rollback(1, "t"))
-        answers = world.answers()
-        old, new = (2.0, 2), ((3.0, 3) if verb == "refit" else (1.0, 1))
-        assert {answer[:2] for answer in answers} <= {old, new}, "replicas go on answering"
-        if also == "a replica ends":
-            world.living[0].end_now()
-        if also == "a replica is deaf":
-            world.living[0].faults["Report"] = "deaf"
-        world.start()
-        await world.coordinator.settle()
-        outcome = await world.coordinator.outcome("t")
-        assert (outcome is not None) == decided
-        version, scale = (new if decided else old)[::-1]
-        if decided:
-            assert outcome.version == version
-        assert len(world.living) == (3 if not also else 2)
-        assert {answer[:2] for answer in world.answers()} == {(scale, version)}
-        await all_is_well(world, version, scale)
-
-    play(story)
-
-
-def test_a_coordinator_may_end_again_and_again(play):
-    async def story(world):
-        scale = 1.0
-        for step in range(12):
-            arm, decided = list(DEATHS.values())[step % len(DEATHS)]
-            arm(world)
-            with pytest.raises(Killed):
-                await world.refit(10.0 + step, f"t{step}")
-            world.start()
-            await world.coordinator.settle()
-            scale = 10.0 + step if decided else scale
-            assert {answer[0] for answer in world.answers()} == {scale}
-        assert len(world.living) == 3
-
-    play(story)
-
-
-def test_a_store_that_refuses_stops_all(play, monkeypatch):
-    async def story(world):
-        def refuse(*_, **__):
-            raise StoreError("the disk is full")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(world.book._ledger, "commit_arrays", refuse)
-            with pytest.raises(StoreError, match="full"):
-                await world.refit(2.0)
-        assert {answer[:2] for answer in world.answers()} == {(1.0, 1)}
-        await world.coordinator.look()
-        await all_is_well(world, 1, 1.0)
-
-    play(story)
-
-
-# ---------------------------------------------------------------------- the book
-
-
-def test_the_store_is_an_ordinary_one(play, world, affine_plan):
-    async def story(world):
-        await world.refit(2.0)
-        await world.refit(3.0, "u")
-        await world.coordinator.forget(2)
-        with pytest.raises(VersionError):
-            await world.coordinator.rollback(2, "v")
-        with pytest.raises(VersionError, match="current"):
-            await world.coordinator.forget(3)
-
-    play(story)
-    world.close()
-    with onnx_refit.load(affine_plan, store=world.path) as engine:
-        assert engine.version == 3
-        assert [info.number for info in engine.versions] == [1, 3]
-        assert engine.run({"x": np.ones((1, 4), np.float32)})["y"][0, 0] == 6.0
-
-
-def test_one_coordinator_at_a_time_and_one_plan(world, affine_plan):
-    world.start()
-    with pytest.raises(StoreLockedError):
-        Book(world.path, affine_plan)
-    world.close()
-    with pytest.raises(StoreError, match="another plan"):
-        Book(world.path, onnx_refit.build(affine(1.0, width=6)))
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 9}', "\x00"])
-def test_a_damaged_book_is_refused_and_gives_its_lock_back(world, affine_plan, text):
-    world.start()
-    world.close()
-    (world.path / FILE).write_text(text)
-    for _ in range(2):
-        with pytest.raises(StoreError, match=r"damaged|format"):
-            Book(world.path, affine_plan)
-
-
-def test_the_weights_are_shipped_once(affine_plan, tmp_path):
-    from onnx_refit.serve.cluster.coordinator import Coordinator
-    from onnx_refit.serve.cluster.incoming import Transport
-    from tests.serve.cluster.support import World
-
-    world = World(affine_plan, tmp_path / "store")
-    shipped = []
-
-    def ship(parcel):
-        shipped.append(parcel)
-        return parcel
-
-    async def story():
-        world.start()
-        world.coordinator = Coordinator(
-            affine_plan,
-            world.book,
-            lambda member: world.replicas[member.name],
-            transport=Transport(ship=ship),
-        )
-        await world.join(3)
-        assert len(shipped) == 1, "for all that join"
-        await world.refit(2.0)
-        assert len(shipped) == 1, "the client has shipped them already"
-        half = RefitOrder("half", pack({"w": np.eye(4, dtype=np.float16), "b": np.ones(4, np.float16)}), "half")
-        await world.coordinator.refit(half)
-        assert len(shipped) == 2, "the check had to cast them"
-        assert world.book.target == Target(3, 3)
-
-    in_loop(story())
-    world.close()

@@ -7,7 +7,7 @@ import pytest
 from onnx_refit.errors import OnnxRefitError
 from onnx_refit.serve.cluster.roster import Patience
 from tests.serve.cluster.support import Killed, golden
-from tests.serve.cluster.test_coordinator import DEATHS
+from tests.serve.cluster.test_coordinator_ends import DEATHS
 
 FAULTS = ["before", "after", "deaf", "lost reply"]
 
